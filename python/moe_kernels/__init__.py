@@ -1,0 +1,51 @@
+"""Kernels and drop-in modules for composing experts.
+
+Every op takes ``backend``:
+
+========== =================================================================================================
+auto       the best that is there for the tensors' device (``python -m moe_kernels env`` prints the order)
+reference  plain PyTorch, any device, any float dtype: the specification
+native     hand-written C++ kernels (CPU)
+triton     not there yet
+========== =================================================================================================
+
+A backend that cannot run here raises ``RuntimeError`` and says why. Results never depend on the number of threads or on
+the other rows of a batch.
+"""
+
+from importlib.metadata import Distribution, PackageNotFoundError
+
+
+def _refuse_name_clash() -> None:
+    # another distribution, PyPI's `moe-kernels`, installs a package of this import name over ours
+    try:
+        other = Distribution.from_name("moe-kernels")
+    except PackageNotFoundError:
+        return
+    raise ImportError(
+        f"moe_kernels: the distribution moe-kernels {other.version} is installed beside moe-kernels-torch and writes into "
+        "the same package folder; run: pip uninstall moe-kernels && pip install --force-reinstall --no-deps "
+        "moe-kernels-torch"
+    )
+
+
+_refuse_name_clash()
+
+from moe_kernels.activation import Activation  # noqa: E402
+from moe_kernels.ops.expert_ffn import expert_ffn  # noqa: E402
+from moe_kernels.ops.grouped_gemm import PrepackedWeights, grouped_gemm, prepack  # noqa: E402
+from moe_kernels.ops.permute import DispatchPlan, permute, plan_dispatch, unpermute  # noqa: E402
+from moe_kernels.ops.route import route  # noqa: E402
+
+__all__ = [
+    "Activation",
+    "DispatchPlan",
+    "PrepackedWeights",
+    "expert_ffn",
+    "grouped_gemm",
+    "permute",
+    "plan_dispatch",
+    "prepack",
+    "route",
+    "unpermute",
+]

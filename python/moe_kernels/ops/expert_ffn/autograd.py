@@ -1,0 +1,64 @@
+"""Gradients of the expert FFN, from the least that can be saved."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_kernels.activation import Activation
+from moe_kernels.ops.expert_ffn import native
+
+
+#: positions of the float tensors among the arguments of forward
+_DIFFERENTIABLE = (0, 2, 3, 4, 5, 6)
+
+
+class ExpertFFN(torch.autograd.Function):
+    """Saves the input X [num_tokens, hidden_size] and the pre-activation H [pairs, 2 * intermediate_size].
+
+    With s = topk_weights, O the output, one row a pair::
+
+        dA' = dO @ down_proj[e]          A, A'(H) recomputed from H
+        ds  = <dA', A> + <dO, down_bias[e]>
+        dH  = activation'(H) * s * dA'
+        dX  = sum over the token's pairs of dH @ gate_up_proj[e]
+        d gate_up_proj[e] = dH.T @ X     d down_proj[e] = dO.T @ (s * A)     and their sums over rows for the biases
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        gate_up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        activation: Activation,
+        interleaved: bool,
+    ) -> Tensor:
+        arguments = (*activation.kernel_arguments(), interleaved)
+        out, pre_activation = native.expert_ffn(
+            hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, gate_up_bias, down_bias, *arguments, True
+        )
+        ctx.save_for_backward(
+            hidden_states if ctx.needs_input_grad[3] else None,
+            topk_ids,
+            topk_weights,
+            gate_up_proj,
+            down_proj,
+            down_bias,
+            pre_activation,
+        )
+        ctx.arguments = arguments
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor):
+        asked = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
+        grads = native.expert_ffn_backward(grad_out, *ctx.saved_tensors, *ctx.arguments, *asked)
+        in_order: list[Tensor | None] = [None] * 9
+        for position, grad, needed in zip(_DIFFERENTIABLE, grads, asked, strict=True):
+            in_order[position] = grad if needed else None
+        return tuple(in_order)

@@ -1,0 +1,42 @@
+"""Gradients of the grouped GEMM."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from moe_kernels.ops.grouped_gemm import native
+
+
+class GroupedGemm(torch.autograd.Function):
+    """``grad_rows = grad_out @ W[e]``, ``grad_W[e] = grad_out.T @ rows``, ``grad_bias[e] = sum of grad_out``, by expert.
+
+    Saves the rows only where the weights' gradient is needed, the weights only where the rows' is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, rows: Tensor, expert_weights: Tensor, expert_offsets: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        ctx.save_for_backward(
+            rows if ctx.needs_input_grad[1] else None,
+            expert_weights if ctx.needs_input_grad[0] else None,
+            expert_offsets,
+        )
+        ctx.transposed = native.is_transposed(expert_weights)
+        return native.grouped_gemm(rows, expert_weights, expert_offsets, bias, expert_weights.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor):
+        rows, expert_weights, expert_offsets = ctx.saved_tensors
+        grad_rows = grad_weights = grad_bias = None
+        if expert_weights is not None:
+            in_features = expert_weights.shape[2]
+            grad_rows = native.grouped_gemm(
+                grad_out, expert_weights.transpose(1, 2), expert_offsets, None, in_features
+            )
+        if rows is not None:
+            grad_weights = native.grouped_gemm_weight_grad(grad_out, rows, expert_offsets, ctx.transposed)
+        if ctx.needs_input_grad[3]:
+            grad_bias = native.grouped_gemm_bias_grad(grad_out, expert_offsets)
+        return grad_rows, grad_weights, None, grad_bias

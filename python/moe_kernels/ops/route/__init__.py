@@ -1,0 +1,3 @@
+from moe_kernels.ops.route.api import route
+
+__all__ = ["route"]
