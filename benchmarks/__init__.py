@@ -1,0 +1,1 @@
+"""Benchmarks of moe_kernels; start with ``python benchmarks/run.py --list``."""

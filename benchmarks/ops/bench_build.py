@@ -1,0 +1,45 @@
+"""A clean build of the wheel, from nothing, as `pip install .` does it."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import Cell, Cells, Context
+
+SUMMARY = "clean build of the wheel (pip wheel, no build isolation), MAX_JOBS = --threads"
+DEFAULTS = dict(shapes=["-"], dtypes=["fp32"], tokens=[0])
+PROVIDER_NAMES = ["clean_build"]
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def cells(context: Context) -> Cells:
+    cell = Cell("build", "-", torch.float32, 0, [], baseline="clean_build")
+    if not (_ROOT / "CMakeLists.txt").exists():
+        cell.skipped["clean_build"] = "there is no CMakeLists.txt"
+    elif shutil.which("g++") is None and "CXX" not in os.environ:
+        cell.skipped["clean_build"] = "no g++ and no CXX"
+    else:
+        cell.measured = {"clean_build": lambda: [_build_ms(context.threads)]}
+    yield cell
+
+
+def _build_ms(jobs: int) -> float:
+    with tempfile.TemporaryDirectory() as folder:
+        command = (
+            sys.executable, "-m", "pip", "wheel", str(_ROOT), "--no-deps", "--no-build-isolation", "--quiet",
+            "--wheel-dir", folder, f"--config-settings=build-dir={folder}/build",
+        )  # fmt: skip
+        # a compiler cache would make it a different measurement
+        settings = {"CMAKE_BUILD_PARALLEL_LEVEL": str(jobs), "MAX_JOBS": str(jobs), "CCACHE_DISABLE": "1"}
+        begin = time.perf_counter()
+        done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"the build failed: {(done.stderr.splitlines() or ['no message'])[-1]}")
+        return (time.perf_counter() - begin) * 1e3

@@ -1,0 +1,142 @@
+"""The expert FFN, forward: the op that everything else is there for."""
+
+import gc
+import math
+
+import torch
+from moe_kernels import expert_ffn
+from torch import Tensor
+
+from benchmarks.harness import READ_PROBE, Candidate, Cell, Cells, Check, Context, check
+from benchmarks.inputs import available_bytes, fingerprint, make_batches, make_layer, touched_experts
+from benchmarks.providers import PROVIDERS, Batch, Layer, Provider, Run
+from benchmarks.shapes import SHAPES
+
+SUMMARY = "expert FFN forward, every provider"
+DEFAULTS = dict(shapes=["A", "B", "C"], dtypes=["bf16", "fp32"], tokens=[1, 4, 16, 64, 512, 2048])
+PROVIDER_NAMES = [READ_PROBE, *PROVIDERS]
+
+#: rows of the output that are compared; each row of a result stands alone
+_CHECKED_ROWS = 32
+#: left free beside the providers' private copies, for activations
+_SPARE_BYTES = 2 << 30
+
+
+class Oracle:
+    """The package's reference in float64 and in the layer's own dtype, on some rows of a batch.
+
+    Expert by expert: all weights in float64 would be four times their size in bfloat16.
+    """
+
+    def __init__(self, layer: Layer, batch: Batch):
+        num_tokens = batch.hidden_states.shape[0]
+        step = max(1, math.ceil(num_tokens / _CHECKED_ROWS))
+        self.rows = torch.arange(0, num_tokens, step)
+        self.reference64 = self._reference(layer, batch, torch.float64)
+        self.eager = self._reference(layer, batch, layer.dtype)
+
+    def _reference(self, layer: Layer, batch: Batch, dtype: torch.dtype) -> Tensor:
+        hidden_states = batch.hidden_states[self.rows].to(dtype)
+        topk_ids, topk_weights = batch.topk_ids[self.rows], batch.topk_weights[self.rows].to(dtype)
+        out = torch.zeros_like(hidden_states)
+        for expert in topk_ids.unique().tolist():
+            only = torch.where(topk_ids == expert, 0, -1)
+            one = slice(expert, expert + 1)
+            weights = layer.gate_up_proj[one].to(dtype), layer.down_proj[one].to(dtype)
+            out += expert_ffn(hidden_states, only, topk_weights, *weights, backend="reference")
+        return out
+
+    def check(self, result: Tensor, name: str) -> Check:
+        return check(result[self.rows], self.reference64, self.eager, name)
+
+
+def no_memory(provider: Provider, layer: Layer) -> str | None:
+    """Why the provider's private copies do not fit, or None."""
+    available = available_bytes()
+    needed = provider.copies * layer.weight_bytes
+    if available is not None and needed and needed + _SPARE_BYTES > available:
+        return f"its copies of the weights take {needed / 1e9:.1f} GB, {available / 1e9:.1f} GB are free"
+    return None
+
+
+def prepare(context: Context, layer: Layer) -> tuple[dict[str, Run], dict[str, str]]:
+    """Functions of all providers that can run this layer, and why the others cannot."""
+    ready: dict[str, Run] = {}
+    skipped: dict[str, str] = {}
+    for name, provider in PROVIDERS.items():
+        if not context.wants(name, provider.default):
+            continue
+        reason = provider.missing() or provider.unsuited(layer) or no_memory(provider, layer)
+        if reason is None:
+            try:
+                ready[name] = provider.prepare(layer)
+            except Exception as error:  # a peer built for another torch fails in ways of its own
+                reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+        if reason is not None:
+            skipped[name] = reason
+    return ready, skipped
+
+
+@torch.no_grad()
+def cells(context: Context) -> Cells:
+    for shape_name in context.shapes:
+        shape = SHAPES[shape_name]
+        for dtype in context.dtypes:
+            layer = make_layer(shape, dtype, context.threads)
+            ready, skipped = prepare(context, layer)
+            untouched = fingerprint(layer)
+            for num_tokens in context.tokens:
+                yield _cell(context, layer, ready, skipped, num_tokens, untouched)
+            del layer, ready
+            gc.collect()  # the private copies go before the next layer's are made
+
+
+def _cell(
+    context: Context, layer: Layer, ready: dict[str, Run], skipped: dict[str, str], num_tokens: int, untouched: int
+) -> Cell:
+    shape = layer.shape
+    batches = make_batches(shape, layer.dtype, num_tokens)
+    oracle = Oracle(layer, batches[0])
+    touched = [touched_experts(batch) for batch in batches]
+    one_expert = layer.weight_bytes / shape.num_experts
+    read_bytes = sum(map(len, touched)) / len(touched) * one_expert
+    cell = Cell(
+        op="expert_ffn",
+        shape=shape.name,
+        dtype=layer.dtype,
+        num_tokens=num_tokens,
+        candidates=[],
+        flops=shape.flops(num_tokens),
+        bytes=read_bytes + 2 * num_tokens * shape.hidden_size * layer.dtype.itemsize,
+        probe_bytes=read_bytes,
+        skipped=dict(skipped),
+    )
+    for name, run in ready.items():
+        provider = PROVIDERS[name]
+        reason = provider.unsuited(layer, num_tokens)
+        if reason is not None:
+            cell.skipped[name] = reason
+            continue
+
+        def checked(run=run, name=name) -> Check:
+            result = oracle.check(run(batches[0]), name)
+            if fingerprint(layer) != untouched:
+                raise SystemExit(f"{name} wrote into the weights that all providers share; nothing after it counts")
+            return result
+
+        cell.candidates.append(
+            Candidate(
+                name,
+                lambda i, run=run: run(batches[i % len(batches)]),
+                checked,
+                provider.ours,
+                provider.version(),
+            )
+        )
+    if context.probe is not None and context.limits is not None and context.wants(READ_PROBE):
+        readers = []
+        for experts in touched:
+            pieces = [weights.detach()[e] for e in experts for weights in (layer.gate_up_proj, layer.down_proj)]
+            readers.append(context.probe.reader(pieces, context.threads, context.limits.variant))
+        cell.candidates.append(Candidate(READ_PROBE, lambda i: readers[i % len(readers)]()))
+    return cell

@@ -1,0 +1,61 @@
+"""Routing: softmax over the experts, the top_k largest, renormalised."""
+
+import torch
+from moe_kernels import _dispatch, route
+
+from benchmarks.harness import Candidate, Cell, Cells, Check, Context, check
+from benchmarks.shapes import SHAPES
+
+SUMMARY = "routing (softmax, top-k, renormalise) of logits"
+DEFAULTS = dict(shapes=["A", "B", "C"], dtypes=["bf16", "fp32"], tokens=[1, 64, 2048])
+PROVIDER_NAMES = ["ours", "torch_softmax_topk", "torch_topk_only"]
+
+_NUM_INPUTS = 4
+
+
+def cells(context: Context) -> Cells:
+    for shape_name in context.shapes:
+        for dtype in context.dtypes:
+            for num_tokens in context.tokens:
+                yield _cell(context, shape_name, dtype, num_tokens)
+
+
+def _cell(context: Context, shape_name: str, dtype: torch.dtype, num_tokens: int) -> Cell:
+    shape = SHAPES[shape_name]
+    top_k = shape.top_k
+    generator = torch.Generator().manual_seed(num_tokens)
+    inputs = [torch.randn(num_tokens, shape.num_experts, generator=generator).to(dtype) for _ in range(_NUM_INPUTS)]
+
+    def ours(i: int):
+        return route(inputs[i % _NUM_INPUTS], top_k, renormalize=True)
+
+    def softmax_topk(i: int):
+        # what the routers of transformers do
+        weights, ids = inputs[i % _NUM_INPUTS].float().softmax(1).topk(top_k, dim=1)
+        return ids, weights / weights.sum(1, keepdim=True)
+
+    def topk_only(i: int):
+        return inputs[i % _NUM_INPUTS].topk(top_k, dim=1)
+
+    def checked() -> Check:
+        ids, weights = ours(0)
+        expected_ids, expected = route(inputs[0].double(), top_k, renormalize=True, backend="reference")
+        # ids may differ where two scores tie to float32's rounding, so it is the weights that are compared
+        eager = route(inputs[0].float(), top_k, renormalize=True, backend="reference")[1]
+        if ids.shape != expected_ids.shape:
+            return Check(float("inf"), 0.0, f"ids of shape {list(ids.shape)}")
+        return check(weights, expected, eager, "topk_weights")
+
+    candidates = [
+        Candidate("ours", ours, checked, True, _dispatch.resolve("route", "auto", "cpu")),
+        Candidate("torch_softmax_topk", softmax_topk, version=torch.__version__),
+        Candidate("torch_topk_only", topk_only, version=torch.__version__),
+    ]
+    return Cell(
+        op="route",
+        shape=shape_name,
+        dtype=dtype,
+        num_tokens=num_tokens,
+        candidates=[candidate for candidate in candidates if context.wants(candidate.name)],
+        bytes=num_tokens * (shape.num_experts * dtype.itemsize + top_k * 8),
+    )

@@ -1,0 +1,33 @@
+"""Everyone who computes an expert FFN, by name; see base.py for what a provider is."""
+
+from benchmarks.providers.base import Batch, Layer, Provider, Run
+from benchmarks.providers.onnxruntime_moe import OnnxRuntimeMoE
+from benchmarks.providers.ours import Ours, OursPrepacked
+from benchmarks.providers.torch_ops import TorchCompile, TorchGroupedMM, TorchMM
+from benchmarks.providers.transformers_experts import (
+    TransformersBatchedMM,
+    TransformersEager,
+    TransformersGroupedMM,
+)
+from benchmarks.providers.vllm_cpu import VllmSGL, VllmVec
+from benchmarks.providers.zentorch import ZenTorch
+
+PROVIDERS: dict[str, Provider] = {
+    provider.name: provider
+    for provider in (
+        Ours(),
+        OursPrepacked(),
+        TorchMM(),
+        TorchGroupedMM(),
+        TorchCompile(),
+        TransformersEager(),
+        TransformersBatchedMM(),
+        TransformersGroupedMM(),
+        ZenTorch(),
+        VllmSGL(),
+        VllmVec(),
+        OnnxRuntimeMoE(),
+    )
+}
+
+__all__ = ["PROVIDERS", "Batch", "Layer", "Provider", "Run"]
