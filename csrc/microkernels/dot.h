@@ -1,0 +1,127 @@
+// c[m, n] = sum_k a[m][k] * b[n][k]: both operands contiguous along k, as rows of x and rows of a weight matrix are.
+//
+// No operand is packed. A tile keeps kTileM x kTileN vectors of partial sums, one for each result, and reads one vector
+// of each row a step; lanes are added once at the end (3 instructions a result). Compared with the outer-product form
+// the loads are as many (10 for 24 multiply-adds) and the weights' [out, in] layout needs no transposition.
+//
+// Each result is one chain of multiply-adds in rising k and one fixed tree over lanes, in every tile shape: a row's
+// result has the same bits whatever rows are computed beside it.
+#pragma once
+
+#include "microkernels/table.h"
+#include "microkernels/vec.h"
+
+namespace moe::MOE_ISA {
+
+// How a step of one row is held in a register and multiplied.
+template <class T>
+struct DotOperand {
+  using Reg = Vec<acc_t<T>>;
+  static constexpr int kStep = kLanes<acc_t<T>>;
+  MOE_INLINE Reg load_step(const T* p) { return load_converted(p); }
+  MOE_INLINE Reg load_partial(const T* p, int64_t n) { return load_converted_partial(p, n); }
+  MOE_INLINE Vec<acc_t<T>> multiply_add(Vec<acc_t<T>> sum, Reg a, Reg b) { return a * b + sum; }
+};
+
+#if defined(__AVX512BF16__)
+// vdpbf16ps: two products a lane; each step takes 32 elements
+template <>
+struct DotOperand<bf16> {
+  using Reg = __m512i;
+  static constexpr int kStep = 32;
+  MOE_INLINE Reg load_step(const bf16* p) { return _mm512_loadu_si512(p); }
+  MOE_INLINE Reg load_partial(const bf16* p, int64_t n) {
+    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << n) - 1), p);
+  }
+  MOE_INLINE Vec<float> multiply_add(Vec<float> sum, Reg a, Reg b) {
+    return (Vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+  }
+};
+#endif
+
+// 24 sums fill AVX-512's 32 registers, 12 the 16 of AVX2 and SSE.
+constexpr int kDotTileM = kRegisters == 32 ? 6 : 3;
+constexpr int kDotTileN = 4;
+
+template <class T, int kTileM, int kTileN>
+static void dot_tile(const T* const* a, const T* b, int64_t b_row_stride, int64_t b_step_stride, int64_t k, acc_t<T>* c,
+                     int64_t ldc) {
+  using Operand = DotOperand<T>;
+  using Reg = typename Operand::Reg;
+  Vec<acc_t<T>> sum[kTileM][kTileN] = {};
+  const T* rows[kTileM];
+  for (int m = 0; m < kTileM; ++m) rows[m] = a[m];
+  int64_t i = 0;
+  for (; i + Operand::kStep <= k; i += Operand::kStep, b += b_step_stride) {
+    Reg x[kTileM];
+#pragma GCC unroll 8
+    for (int m = 0; m < kTileM; ++m) x[m] = Operand::load_step(rows[m] + i);
+#pragma GCC unroll 8
+    for (int n = 0; n < kTileN; ++n) {
+      const Reg w = Operand::load_step(b + n * b_row_stride);
+#pragma GCC unroll 8
+      for (int m = 0; m < kTileM; ++m) sum[m][n] = Operand::multiply_add(sum[m][n], x[m], w);
+    }
+  }
+  if (i < k) {
+#pragma GCC unroll 8
+    for (int n = 0; n < kTileN; ++n) {
+      const Reg w = Operand::load_partial(b + n * b_row_stride, k - i);
+#pragma GCC unroll 8
+      for (int m = 0; m < kTileM; ++m)
+        sum[m][n] = Operand::multiply_add(sum[m][n], Operand::load_partial(rows[m] + i, k - i), w);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < kTileM; ++m) {
+    if constexpr (kTileN % 4 == 0) {
+#pragma GCC unroll 8
+      for (int n = 0; n < kTileN; n += 4)
+        reduce4<acc_t<T>>(sum[m][n], sum[m][n + 1], sum[m][n + 2], sum[m][n + 3], c + m * ldc + n);
+    } else {
+      for (int n = 0; n < kTileN; ++n) c[m * ldc + n] = reduce<acc_t<T>>(sum[m][n]);
+    }
+  }
+}
+
+template <class T, int kTileN>
+static void dot_rows(const T* const* a, int64_t m, const T* b, int64_t b_row_stride, int64_t b_step_stride, int64_t k,
+                     acc_t<T>* c, int64_t ldc) {
+  const auto tile = [&]<int kTileM>() {
+    dot_tile<T, kTileM, kTileN>(a, b, b_row_stride, b_step_stride, k, c, ldc);
+  };
+  switch (m) {
+    case 1: return tile.template operator()<1>();
+    case 2: return tile.template operator()<2>();
+    case 3: return tile.template operator()<3>();
+#if defined(__AVX512F__)
+    case 4: return tile.template operator()<4>();
+    case 5: return tile.template operator()<5>();
+    case 6: return tile.template operator()<6>();
+#endif
+  }
+}
+
+// See Microkernels::dot.
+template <class T>
+static void dot(const T* const* a, int64_t m, const DotWeights<T>& b, int64_t n0, int64_t n, int64_t k, acc_t<T>* c,
+                int64_t ldc) {
+  // rows in tiles of nearly equal height: 32 rows are 6 + 6 + 5 + 5 + 5 + 5, not five sixes and a 2
+  const int64_t num_tiles = (m + kDotTileM - 1) / kDotTileM;
+  for (int64_t tile = 0, row = 0; tile < num_tiles; ++tile) {
+    const int64_t height = m / num_tiles + (tile < m % num_tiles);
+    for (int64_t column = 0; column < n;) {
+      const T* w = b.row(n0 + column);
+      if (n - column >= kDotTileN && b.rows_together(n0 + column) >= kDotTileN) {
+        dot_rows<T, kDotTileN>(a + row, height, w, b.row_stride, b.step_stride, k, c + row * ldc + column, ldc);
+        column += kDotTileN;
+      } else {
+        dot_rows<T, 1>(a + row, height, w, b.row_stride, b.step_stride, k, c + row * ldc + column, ldc);
+        ++column;
+      }
+    }
+    row += height;
+  }
+}
+
+}  // namespace moe::MOE_ISA

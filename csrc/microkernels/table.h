@@ -1,0 +1,116 @@
+// The functions that are compiled once for each instruction set, and the table through which ops call them.
+//
+// Each call does at least a row's or a tile's work, so going through a pointer costs nothing. T is the element type of
+// tensors, acc_t<T> (float, or double for double) that of sums.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace moe {
+
+// Same order as KINDS in python/moe_kernels/activation.py.
+enum class ActivationKind : int64_t { silu, gelu, gelu_tanh, relu, relu2 };
+
+// python/moe_kernels/activation.py has the formula.
+struct Activation {
+  ActivationKind kind;
+  bool gated;
+  double alpha;
+  double limit;
+  bool clamp_output;
+  double up_offset;
+};
+
+// One expert's matrix [out, in] whose rows are contiguous, or packed: panels of `panel_rows` rows interleaved by steps.
+template <class T>
+struct DotWeights {
+  const T* data;
+  int64_t row_stride;    // between rows (of one panel)
+  int64_t step_stride;   // between steps of one row
+  int64_t panel_rows;    // rows that follow each other at row_stride; all of them in a plain matrix
+  int64_t panel_stride;  // between panels
+
+  // always_inline: table.h is read by code of every instruction set
+  __attribute__((always_inline)) const T* row(int64_t n) const {
+    return data + n / panel_rows * panel_stride + n % panel_rows * row_stride;
+  }
+  __attribute__((always_inline)) int64_t rows_together(int64_t n) const { return panel_rows - n % panel_rows; }
+};
+
+template <class T>
+struct Microkernels {
+  using Acc = acc_t<T>;
+
+  // c[m, j] = sum_k a[m][k] * b.row(n0 + j)[k] for m rows, j in [0, n)
+  void (*dot)(const T* const* a, int64_t m, const DotWeights<T>& b, int64_t n0, int64_t n, int64_t k, Acc* c,
+              int64_t ldc);
+
+  // c[m, j] = sum_k a[m][k] * b[k * b_step_stride + j] for m <= max_block rows, j in [0, n), n <= max_block.
+  // Columns of c up to the next multiple of `panel` are written (with zeros).
+  void (*outer)(const T* const* a, int64_t m, const T* b, int64_t b_step_stride, int64_t n, int64_t k, Acc* c,
+                int64_t ldc, void* scratch);
+
+  // out[i, j] = sum_r a[r][a_column + i] * b[r][b_column + j] over m rows, i in [0, an), j in [0, bn); an, bn <= max_block
+  void (*weight_grad)(const T* const* a, int64_t a_column, int64_t an, const T* const* b, int64_t b_column, int64_t bn,
+                      int64_t m, T* out, int64_t out_row_stride, void* scratch);
+
+  // The activation of one row: act[i] = activation(gate + bias, up + bias) for i in [0, n).
+  // Element i of gate and up is at [i * sum_stride], that of the biases and of what is saved at [i * stride].
+  // saved_gate and saved_up (may be null) get the sums with the biases.
+  void (*activation_forward)(const Activation& activation, const Acc* gate, const Acc* up, int64_t sum_stride,
+                             const T* gate_bias, const T* up_bias, int64_t stride, int64_t n, T* act, T* saved_gate,
+                             T* saved_up);
+
+  // From the saved gate and up and from grad_act (unweighted): grad_gate, grad_up of weight * grad_act, and
+  // weighted_act = weight * activation (may be null). Returns sum_i grad_act[i] * activation[i].
+  Acc (*activation_backward)(const Activation& activation, const T* gate, const T* up, int64_t stride,
+                             const Acc* grad_act, Acc weight, int64_t n, T* grad_gate, T* grad_up, T* weighted_act);
+
+  // sum[i] += weight * (row[i] + bias[i]); bias may be null
+  void (*accumulate)(Acc* sum, const Acc* row, const T* bias, Acc weight, int64_t n);
+  // out[i] = row[i]
+  void (*load_row)(const T* row, Acc* out, int64_t n);
+  // out[i] = row[i] + bias[i], rounded; bias may be null
+  void (*store_row)(const Acc* row, const T* bias, T* out, int64_t n);
+  // out[i] = sum_j weights[j] * rows[j][i] over num_rows rows in order, rounded once
+  void (*weighted_sum)(const T* const* rows, const Acc* weights, int64_t num_rows, T* out, int64_t n);
+  // out[i] = weight * row[i]
+  void (*scale)(const T* row, Acc weight, T* out, int64_t n);
+  // sum_i a[i] * b[i]
+  Acc (*inner_product)(const T* a, const T* b, int64_t n);
+  // scores of one row of logits: softmax (sigmoid == false) or sigmoid
+  void (*scores)(const T* logits, int64_t n, bool sigmoid, Acc* scores);
+
+  int64_t dot_step;         // elements of one step of dot
+  int64_t dot_panel_rows;   // rows of one packed panel
+  int64_t outer_panel;      // columns that outer computes together
+  int64_t outer_max_block;  // the most rows and columns of one call of outer and weight_grad
+  int64_t outer_scratch_bytes;
+};
+
+struct MicrokernelTable {
+  Microkernels<float> f32;
+  Microkernels<double> f64;
+  Microkernels<bf16> b16;
+  Microkernels<fp16> f16;
+};
+
+// The table of the instruction set that common/cpu_isa.h chose, once a process.
+const MicrokernelTable& microkernel_table();
+
+template <class T>
+const Microkernels<T>& microkernels() {
+  const MicrokernelTable& table = microkernel_table();
+  if constexpr (__is_same(T, float))
+    return table.f32;
+  else if constexpr (__is_same(T, double))
+    return table.f64;
+  else if constexpr (__is_same(T, bf16))
+    return table.b16;
+  else
+    return table.f16;
+}
+
+}  // namespace moe

@@ -1,0 +1,210 @@
+// Expert matrices in whatever layout they come, and one function that multiplies rows with a block of their columns.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <optional>
+
+#include "common/dispatch.h"
+#include "common/parallel.h"
+#include "common/workspace.h"
+#include "microkernels/table.h"
+
+namespace moe {
+
+// expert_weights [num_experts, out, in], read in place: rows contiguous along in ("dot" layout), or along out ("outer"
+// layout: transposed weights, and every matrix as its own gradient sees it), or prepacked. Any other strides are copied
+// once a call.
+template <class T>
+struct ExpertMatrices {
+  Tensor keep_alive;
+  const T* data = nullptr;
+  int64_t num_experts = 0, out = 0, in = 0;
+  int64_t expert_stride = 0;
+  bool dot_layout = true;
+  int64_t row_stride = 0;                                     // dot: between outputs; outer: between inputs
+  int64_t step_stride = 0, panel_rows = 0, panel_stride = 0;  // dot only
+  int64_t num_splits = 1, split_stride = 0;                   // prepacked only: gate and up lie apart
+
+  // Weights as they are; `transposed` exchanges out and in without touching memory.
+  static ExpertMatrices view(const char* op, const Tensor& weights, bool transposed = false) {
+    MOE_CHECK(weights.dim() == 3, op, ": expert weights must be of shape [num_experts, out, in]");
+    const int o = transposed ? 2 : 1, i = transposed ? 1 : 2;
+    ExpertMatrices matrices;
+    const auto unit = [](const Tensor& w, int dim) { return w.stride(dim) == 1 || w.size(dim) <= 1; };
+    matrices.keep_alive = unit(weights, 1) || unit(weights, 2) ? weights : torch::stable::contiguous(weights);
+    const Tensor& w = matrices.keep_alive;
+    matrices.data = moe::data<T>(w);
+    matrices.num_experts = w.size(0);
+    matrices.out = w.size(o);
+    matrices.in = w.size(i);
+    matrices.expert_stride = w.stride(0);
+    // where both dimensions are contiguous (one of them has size 1) the other's stride is what counts
+    matrices.dot_layout = unit(w, i) && !(w.size(i) <= 1 && w.size(o) > 1 && w.stride(o) == 1);
+    matrices.row_stride = matrices.dot_layout ? w.stride(o) : w.stride(i);
+    matrices.step_stride = microkernels<T>().dot_step;
+    matrices.panel_rows = std::max<int64_t>(1, matrices.out);
+    return matrices;
+  }
+
+  // The layout of prepack: [num_experts, num_splits, panels, steps, panel_rows, step].
+  static ExpertMatrices packed(const char* op, const Tensor& weights, int64_t out, int64_t in) {
+    const Microkernels<T>& kernels = microkernels<T>();
+    MOE_CHECK(weights.dim() == 6 && weights.size(5) == kernels.dot_step && weights.size(4) == kernels.dot_panel_rows, op,
+              ": weights were prepacked for another instruction set or version; call prepack on this machine");
+    ExpertMatrices matrices;
+    matrices.keep_alive = torch::stable::contiguous(weights);
+    const Tensor& w = matrices.keep_alive;
+    matrices.data = moe::data<T>(w);
+    matrices.num_experts = w.size(0);
+    matrices.num_splits = w.size(1);
+    matrices.out = out;
+    matrices.in = in;
+    matrices.expert_stride = w.stride(0);
+    matrices.split_stride = w.stride(1);
+    matrices.panel_rows = w.size(4);
+    matrices.panel_stride = w.stride(2);
+    matrices.step_stride = w.stride(3);
+    matrices.row_stride = w.stride(4);
+    MOE_CHECK(out % matrices.num_splits == 0 && w.size(2) * w.size(4) >= out / matrices.num_splits &&
+                  w.size(3) * w.size(5) >= in,
+              op, ": prepacked weights must hold [out=", out, ", in=", in, "]");
+    return matrices;
+  }
+
+  static ExpertMatrices plain_or_packed(const char* op, const Tensor& weights, int64_t out, int64_t in) {
+    return weights.dim() == 6 ? packed(op, weights, out, in) : view(op, weights);
+  }
+
+  // Columns of the result that one task computes: the weights they read (bytes a column: in * sizeof(T)) should stay in
+  // L2 beside the rows, and there should be tasks for every thread.
+  int64_t block(int64_t columns, int64_t other_tasks) const {
+    const Microkernels<T>& kernels = microkernels<T>();
+    const int64_t wanted_tasks = 4 * num_threads();
+    if (!dot_layout) {
+      int64_t block = kernels.outer_max_block;
+      while (block > kernels.outer_panel && (columns + block - 1) / block * other_tasks < wanted_tasks) block /= 2;
+      return block;
+    }
+    constexpr int64_t kWeightBytes = int64_t{320} << 10;
+    const int64_t fits = kWeightBytes / std::max<int64_t>(1, in * static_cast<int64_t>(sizeof(T)));
+    int64_t block = std::clamp<int64_t>(fits / 8 * 8, 8, 256);
+    while (block > 16 && (columns + block - 1) / block * other_tasks < wanted_tasks) block /= 2;
+    return block;
+  }
+
+  // Rows that are multiplied together. Dot: they and their results stay in L2 beside the weights. Outer: as many as a
+  // packed block of the weights serves.
+  int64_t row_block() const { return dot_layout ? 48 : microkernels<T>().outer_max_block; }
+
+  // Row stride of c for a block of n columns: outer writes whole panels.
+  int64_t ldc(int64_t n) const {
+    const int64_t panel = microkernels<T>().outer_panel;
+    return dot_layout ? n : (n + panel - 1) / panel * panel;
+  }
+
+  // c[r, j] = sum_i a[r][i] * W[expert][column + j][i] for num_rows rows (at most row_block()), j in [0, n)
+  void multiply(int64_t expert, const T* const* a, int64_t num_rows, int64_t column, int64_t n, acc_t<T>* c,
+                int64_t ldc) const {
+    const T* w = data + expert * expert_stride;
+    if (dot_layout) {
+      const int64_t split_size = out / num_splits;
+      // a block may straddle gate and up where they were packed apart
+      while (n > 0) {
+        const int64_t split = num_splits == 1 ? 0 : column / split_size, at = column - split * split_size;
+        const int64_t here = num_splits == 1 ? n : std::min(n, split_size - at);
+        const DotWeights<T> weights{w + split * split_stride, row_stride, step_stride, panel_rows, panel_stride};
+        microkernels<T>().dot(a, num_rows, weights, at, here, in, c, ldc);
+        column += here;
+        c += here;
+        n -= here;
+      }
+    } else {
+      Scratch scratch;
+      void* packed = scratch.take<char>(microkernels<T>().outer_scratch_bytes);
+      microkernels<T>().outer(a, num_rows, w + column, row_stride, n, in, c, ldc, packed);
+    }
+  }
+};
+
+// Rows of one expert that one task takes, so that one hot expert is shared among threads.
+constexpr int64_t kRowsPerTask = 512;
+
+struct ExpertTask {
+  int32_t expert;
+  int32_t row_begin, row_end;  // permuted rows
+  int64_t column;
+};
+
+// Tasks over (expert, rows, columns): consecutive tasks share an expert's rows. Experts without rows have none.
+// Writes at most the returned number; call with tasks == nullptr to count.
+inline int64_t expert_tasks(const int32_t* expert_offsets, int64_t num_experts, int64_t columns, int64_t block,
+                            ExpertTask* tasks) {
+  int64_t count = 0;
+  for (int64_t e = 0; e < num_experts; ++e)
+    for (int64_t row = expert_offsets[e]; row < expert_offsets[e + 1]; row += kRowsPerTask)
+      for (int64_t column = 0; column < columns; column += block, ++count)
+        if (tasks != nullptr)
+          tasks[count] = {static_cast<int32_t>(e), static_cast<int32_t>(row),
+                          static_cast<int32_t>(std::min<int64_t>(expert_offsets[e + 1], row + kRowsPerTask)), column};
+  return count;
+}
+
+inline void check_offsets(const char* op, const int32_t* offsets, int64_t num_experts, int64_t num_rows) {
+  MOE_CHECK(offsets[0] == 0, op, ": expert_offsets must start at 0, got ", offsets[0]);
+  for (int64_t e = 0; e < num_experts; ++e)
+    MOE_CHECK(offsets[e] <= offsets[e + 1], op, ": expert_offsets must never fall, got ", offsets[e], " and then ",
+              offsets[e + 1], " for expert ", e);
+  MOE_CHECK(offsets[num_experts] <= num_rows, op, ": expert_offsets must end at or below num_permuted=", num_rows,
+            ", got ", offsets[num_experts]);
+}
+
+// grad_weights[e] = sum over e's rows of grad_out[r] (x) rows[r], in memory [e, out, in] or, transposed, [e, in, out].
+// grad_rows and input_rows hold a pointer for each permuted row.
+template <class T>
+void weight_grad(const int32_t* expert_offsets, int64_t num_experts, int64_t out_features, int64_t in_features,
+                 bool transposed, const T* const* grad_rows, const T* const* input_rows, T* grad_weights) {
+  const Microkernels<T>& kernels = microkernels<T>();
+  if (transposed) {
+    std::swap(out_features, in_features);
+    std::swap(grad_rows, input_rows);
+  }
+  const int64_t block = kernels.outer_max_block;
+  const int64_t blocks_out = (out_features + block - 1) / block, blocks_in = (in_features + block - 1) / block;
+  parallel_tasks(num_experts * blocks_out * blocks_in, [&](int64_t task) {
+    const int64_t expert = task / (blocks_out * blocks_in);
+    const int64_t i = task / blocks_in % blocks_out * block, j = task % blocks_in * block;
+    const int64_t begin = expert_offsets[expert], num_rows = expert_offsets[expert + 1] - begin;
+    Scratch scratch;
+    void* packed = scratch.take<char>(kernels.outer_scratch_bytes);
+    kernels.weight_grad(grad_rows + begin, i, std::min(block, out_features - i), input_rows + begin, j,
+                        std::min(block, in_features - j), num_rows,
+                        grad_weights + (expert * out_features + i) * in_features + j, in_features, packed);
+  });
+}
+
+// grad_bias[e] = sum over e's rows of weights[r] * grad_rows[r]; weights may be null (all 1).
+template <class T>
+void bias_grad(const int32_t* expert_offsets, int64_t num_experts, int64_t out_features, const T* const* grad_rows,
+               const acc_t<T>* weights, T* grad_bias) {
+  parallel_tasks(num_experts, [&](int64_t expert) {
+    const int64_t begin = expert_offsets[expert], num_rows = expert_offsets[expert + 1] - begin;
+    Scratch scratch;
+    acc_t<T>* row_weights = scratch.take<acc_t<T>>(num_rows);
+    for (int64_t row = 0; row < num_rows; ++row) row_weights[row] = weights == nullptr ? 1 : weights[begin + row];
+    microkernels<T>().weighted_sum(grad_rows + begin, row_weights, num_rows, grad_bias + expert * out_features,
+                                   out_features);
+  });
+}
+
+// [num_experts, out, in] with the memory order of the weights it belongs to.
+inline Tensor new_weight_grad(const Tensor& like, int64_t num_experts, int64_t out_features, int64_t in_features,
+                              bool transposed) {
+  if (!transposed) return torch::stable::new_empty(like, {num_experts, out_features, in_features});
+  return torch::stable::transpose(torch::stable::new_empty(like, {num_experts, in_features, out_features}), 1, 2);
+}
+
+inline bool is_transposed(const Tensor& weights) { return weights.stride(1) == 1 && weights.stride(2) != 1; }
+
+}  // namespace moe
