@@ -48,17 +48,18 @@ def _faster(
             unknown.append(f"{_name(key)} (no {ours if mine is None or not mine.samples else 'rival'})")
             continue
         best = min(rivals, key=lambda row: row.p50_ms)
-        measured = f"{_name(key)} {best.p50_ms / mine.p50_ms:.2f}x {best.provider}"
+        ratio = best.p50_ms / mine.p50_ms
+        measured = f"{_name(key)} {ratio:.2f}x {best.provider}"
         if "noisy" in (mine.status, best.status) or mine.status not in ("ok", "noisy"):
             unknown.append(measured + " (noisy)")
-        elif best.p50_ms >= factor * mine.p50_ms:
-            passed.append(measured)
+        elif ratio >= factor:
+            passed.append((ratio, measured))
         else:
             missed.append(measured)
     state = "MISS" if missed else "open" if unknown else "pass"
     detail = f"{len(passed)} of {len(cells)} cells"
     if passed:
-        detail += "; least: " + min(passed, key=lambda text: float(text.split("x ")[-2].split()[-1]))
+        detail += "; least: " + min(passed)[1]
     if missed:
         detail += "; missed: " + ", ".join(missed)
     if unknown:
@@ -71,7 +72,10 @@ def _below(bar: str, values: dict[str, float], most: float, unit: str, noisy: se
         return None
     missed = any(value > most for name, value in values.items() if name not in noisy)
     state = "MISS" if missed else "open" if noisy & set(values) else "pass"
-    shown = (f"{name} {value:.3g} {unit}{' (noisy)' if name in noisy else ''}" for name, value in values.items())
+    shown = (
+        f"{name} {value:.3g} {unit}{' (noisy or not native)' if name in noisy else ''}"
+        for name, value in values.items()
+    )
     return Verdict(bar, state, ", ".join(shown))
 
 
@@ -99,12 +103,13 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
     overhead, noisy = {}, set()
     for row in rows:
         if row.op.startswith("call_overhead.") and row.provider == "public_call" and row.samples:
-            op = row.op.removeprefix("call_overhead.")
-            kernel = next((r for r in rows if r.op == row.op and r.provider == "kernel_op" and r.samples), None)
-            if kernel is not None:
-                overhead[op] = 1e3 * (row.p50_ms - kernel.p50_ms)
-                if "noisy" in (row.status, kernel.status) or row.version != "native":
-                    noisy.add(op)
+            same_cell = (row.op, row.dtype, row.num_tokens)
+            below = [r for r in rows if (r.op, r.dtype, r.num_tokens) == same_cell and r.provider == "kernel_op"]
+            if below and below[0].samples:
+                name = f"{row.op.removeprefix('call_overhead.')} {row.dtype} T={row.num_tokens}"
+                overhead[name] = 1e3 * (row.p50_ms - below[0].p50_ms)
+                if "noisy" in (row.status, below[0].status) or row.version != "native":
+                    noisy.add(name)
     found.append(_below("a public call over its kernel: at most 5 us", overhead, 5.0, "us", noisy))
     for bar, provider, most in (
         ("import over torch's own: at most 0.3 s", "import_over_torch", 0.3),

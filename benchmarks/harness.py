@@ -3,6 +3,7 @@
 A *cell* is one op on one shape, dtype and number of tokens. Its candidates compute the same thing on the same inputs.
 """
 
+import functools
 import math
 import subprocess
 from collections.abc import Callable, Iterator
@@ -191,6 +192,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
+@functools.cache
 def commit() -> str:
     """Short hash of this checkout, "+" where tracked files differ from it."""
     here = Path(__file__).parent
@@ -283,7 +285,7 @@ def _run_cell(cell: Cell, context: Context, progress: Callable[[], object]) -> l
             samples=len(one.all),
             ratio=p50 / baseline.p50 if baseline is not None and baseline.all else math.nan,
             gflops=math.nan if is_probe or not cell.flops else cell.flops / p50 / 1e6,
-            gbs=(cell.probe_bytes if is_probe else cell.bytes) / p50 / 1e6,
+            gbs=(cell.probe_bytes if is_probe else cell.bytes or math.nan) / p50 / 1e6,
             max_error=checks[name].error if name in checks else math.nan,
             status=status,
             note=note,

@@ -2,6 +2,7 @@
 // the machine at hand (-march=native), and called through ctypes. GCC's vector types keep it free of instruction-set names:
 // one source for AVX-512, AVX2, SSE and NEON. Only the bf16 dot product needs an intrinsic.
 #include <omp.h>
+#include <time.h>
 
 #include <chrono>
 #include <cstdint>
@@ -26,6 +27,22 @@ constexpr int kChains = 12;
 
 static double seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Operations per second of all threads together, each by its own CPU time: what registers can do does not depend on
+// whether somebody else had the core for a while.
+template <typename Body>
+static double rate(int threads, double operations, Body body) {
+  double total = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : total)
+  {
+    timespec begin, end;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &begin);
+    body();
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &end);
+    total += operations / (double(end.tv_sec - begin.tv_sec) + 1e-9 * double(end.tv_nsec - begin.tv_nsec));
+  }
+  return total;
 }
 
 // seconds between a start and an end that all threads share; the start of the threads is outside
@@ -108,15 +125,13 @@ int limits_has_bf16_dot() {
 
 // FLOP/s of all threads together
 double limits_multiply_add_fp32(int threads, int64_t iterations) {
-  const double elapsed = timed(threads, [&](int, int) { multiply_add_fp32(iterations); });
-  return 2.0 * (kVectorBytes / 4) * kChains * double(iterations) * threads / elapsed;
+  return rate(threads, 2.0 * (kVectorBytes / 4) * kChains * double(iterations), [&] { multiply_add_fp32(iterations); });
 }
 
 // 0 where there is no such instruction
 double limits_multiply_add_bf16(int threads, int64_t iterations) {
 #if defined(__AVX512BF16__)
-  const double elapsed = timed(threads, [&](int, int) { multiply_add_bf16(iterations); });
-  return 2.0 * 32 * kChains * double(iterations) * threads / elapsed;
+  return rate(threads, 2.0 * 32 * kChains * double(iterations), [&] { multiply_add_bf16(iterations); });
 #else
   (void)threads, (void)iterations;
   return 0;

@@ -5,6 +5,7 @@ makes a floor that means nothing.
 """
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -18,11 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks import timing
+
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _NUM_READ_VARIANTS = 4
 
 
+@functools.cache
 def cpu_model() -> str:
     """Name of the CPU, with family and model where the name is as vague as "AMD EPYC"."""
     try:
@@ -88,8 +92,8 @@ class Limits:
     def describe(self) -> str:
         bf16 = f"{self.bf16_gflops:.0f}" if self.has_bf16_dot else "no bf16 dot product, taken as fp32's"
         return (
-            f"{self.threads} threads, {self.vector_bits}-bit vectors: "
-            f"fp32 {self.fp32_gflops:.0f} GFLOP/s, bf16 {bf16}; expert read {self.read_gbs:.1f} GB/s, memcpy {self.copy_gbs:.1f} GB/s (read + written)"
+            f"{self.threads} threads, {self.vector_bits}-bit vectors: fp32 {self.fp32_gflops:.0f} GFLOP/s, "
+            f"bf16 {bf16}; expert read {self.read_gbs:.1f} GB/s, memcpy {self.copy_gbs:.1f} GB/s (read + written)"
         )
 
 
@@ -130,16 +134,15 @@ class Probe:
         return copy
 
     def measure(self, threads: int, repeats: int = 7, buffer_bytes: int = 512 << 20) -> Limits:
-        """Measures everything; takes about two seconds.
+        """Measures everything; takes about three seconds.
 
-        The register rates are the best of the repeats, since noise only lowers them; bandwidths are medians, since a
-        sustained rate is what bounds a kernel.
+        The register rates are the best of the repeats, since noise only lowers them; bandwidths are medians of clean
+        samples, since a sustained rate is what bounds a kernel.
         """
         library = self._library
 
         def best_rate(function: Callable[[int, int], float]) -> float:
-            # many runs of 1 to 2 ms: on a shared machine some of them fall between the others' slices
-            return max(function(threads, 400_000) for _ in range(10 * repeats)) / 1e9
+            return max(function(threads, 1_000_000) for _ in range(repeats)) / 1e9  # 3 ms each at 4 GHz
 
         fp32 = best_rate(library.limits_multiply_add_fp32)
         bf16 = best_rate(library.limits_multiply_add_bf16) if library.limits_has_bf16_dot() else 0.0
@@ -148,24 +151,23 @@ class Probe:
         piece = min(9_437_184, buffer_bytes // 16)
         slots = buffer.split(piece)[: buffer_bytes // piece]
         generator = random.Random(0)
-        rates: list[list[float]] = [[] for _ in range(_NUM_READ_VARIANTS)]
-        for _ in range(repeats):
-            for variant, variant_rates in enumerate(rates):
-                read = self.reader(generator.sample(slots, 8), threads, variant)
-                variant_rates.append(8 * piece / read() / 1e9)
-        medians = [sorted(variant_rates)[repeats // 2] for variant_rates in rates]
-        variant = medians.index(max(medians))
+        draws = [generator.sample(slots, 8) for _ in range(16)]
 
-        half = buffer_bytes // 2
-        begin = buffer.data_ptr()
-        seconds = sorted(library.limits_copy(begin, begin + half, half, threads) for _ in range(repeats))
+        def read_in(variant: int) -> Callable[[int], float]:
+            readers = [self.reader(pieces, threads, variant) for pieces in draws]
+            return lambda i: readers[i % len(readers)]()
+
+        copy = self.copier(buffer_bytes // 2, threads)
+        functions = {str(variant): read_in(variant) for variant in range(_NUM_READ_VARIANTS)}
+        timings = timing.measure(functions | {"copy": lambda i: copy()}, repeats=repeats, budget_s=0.6)
+        variant = min(range(_NUM_READ_VARIANTS), key=lambda v: timings[str(v)].p50)
         return Limits(
             threads=threads,
             vector_bits=library.limits_vector_bits(),
             has_bf16_dot=bf16 > 0,
             fp32_gflops=fp32,
             bf16_gflops=bf16 or fp32,
-            read_gbs=medians[variant],
-            copy_gbs=2 * half / seconds[repeats // 2] / 1e9,
+            read_gbs=8 * piece / timings[str(variant)].p50 / 1e6,
+            copy_gbs=2 * (buffer_bytes // 2) / timings["copy"].p50 / 1e6,
             variant=variant,
         )

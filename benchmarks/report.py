@@ -63,7 +63,7 @@ def print_cell(console: Console, cell: Cell, rows: list[Row]) -> None:
         console.print(heading)
     for row in rows:
         if row.status == "skipped":
-            console.print(f"  skipped {row.provider}: {row.note}", style="dim", markup=False, highlight=False)
+            console.print(f"  skipped {row.provider}: {row.note}", style="dim", markup=False, soft_wrap=True)
     console.print()
 
 

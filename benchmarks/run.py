@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     for verdict in bars.verdicts(all_rows):
         style = {"pass": "green", "MISS": "bold red", "open": "yellow"}[verdict.state]
-        console.print(f"{verdict.state:5} {verdict.bar}: {verdict.detail}", style=style, markup=False)
+        console.print(f"{verdict.state:5} {verdict.bar}: {verdict.detail}", style=style, markup=False, soft_wrap=True)
     return 1 if any(row.status == "red" for row in all_rows) else 0
 
 

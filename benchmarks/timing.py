@@ -1,11 +1,12 @@
 """Interleaved medians of competing functions in one process, on a machine that may be shared.
 
 Two runs of one program on a shared host differ by tens of percent, so only functions that took turns within one process
-are comparable. Each round calls every function once, in an order that rotates. A sample is *clean* only if, while it ran,
-no thread of this process waited for a core (``/proc/self/task/*/schedstat``, second field, nanoseconds) and the hypervisor
-took no tick away (``/proc/stat``, field "steal"). Percentiles are over the clean samples where there are at least
-:data:`MIN_CLEAN`, else over all of them and the timing says it is noisy. No sample is thrown away unseen: both counts are
-reported.
+are comparable. Each round calls every function once, in an order that rotates.
+
+A sample is *clean* only if, while it ran, no thread of this process waited for a core (/proc/self/task/*/schedstat,
+second field, nanoseconds) and the hypervisor took no tick away (/proc/stat, field "steal"). Percentiles are over the
+clean samples where there are at least :data:`MIN_CLEAN`, else over all of them and the timing says it is noisy. No
+sample is thrown away unseen: both counts are reported.
 """
 
 import time
