@@ -53,11 +53,8 @@ def decorated_classes() -> tuple[ExpertsClass, ...]:
 def _config_classes(module: str) -> list[type[PreTrainedConfig]]:
     package = module.split(".")[0]
     configuration = importlib.import_module(f"transformers.models.{package}.configuration_{package}")
-    classes = [
-        value
-        for name, value in vars(configuration).items()
-        if inspect.isclass(value) and issubclass(value, PreTrainedConfig) and value.__name__ == name and value.__module__ == configuration.__name__
-    ]
+    here = [value for value in vars(configuration).values() if inspect.isclass(value)]
+    classes = [cls for cls in here if issubclass(cls, PreTrainedConfig) and cls.__module__ == configuration.__name__]
     # the text model's configuration first: it is the one that has experts
     return sorted(classes, key=lambda value: "Text" not in value.__name__)
 
@@ -87,7 +84,7 @@ def build(experts_class: ExpertsClass, dtype: torch.dtype = torch.float32, seed:
             config = shrink(config_class())
             config._experts_implementation = "eager"
             experts = cls(config, **extra)
-        except Exception as error:  # noqa: BLE001 a configuration of another part of the model
+        except Exception as error:  # a configuration of another part of the model
             attempts.append(f"{config_class.__name__}: {type(error).__name__}: {error}")
             continue
         return randomise(experts, seed).to(dtype)

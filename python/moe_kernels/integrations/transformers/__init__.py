@@ -22,10 +22,9 @@ except ImportError as error:
     ) from error
 
 from moe_kernels.integrations.transformers.experts import experts_forward, fp8_experts_forward
-
-IMPLEMENTATION = "moe_kernels"
+from moe_kernels.integrations.transformers.replace import IMPLEMENTATION, ReplacementReport, replace_modules
 
 ExpertsInterface.register(IMPLEMENTATION, experts_forward)
 FP8ExpertsInterface.register(IMPLEMENTATION, fp8_experts_forward)
 
-__all__ = ["experts_forward", "fp8_experts_forward"]
+__all__ = ["IMPLEMENTATION", "ReplacementReport", "experts_forward", "fp8_experts_forward", "replace_modules"]

@@ -1,5 +1,7 @@
 """The expert functions that transformers calls: one for plain weights, one for fine-grained FP8 weights."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,7 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 
     ::
 
-        h      = up[e] @ hidden_states[t] + up_bias[e]                 e = top_k_index[t, k]; up is gate_up_proj or up_proj
+        h      = up[e] @ hidden_states[t] + up_bias[e]           e = top_k_index[t, k], up = gate_up_proj or up_proj
         y      = down_proj[e] @ gate(h) + down_bias[e]
         out[t] = sum_k top_k_weights[t, k] * post_expert_norm(y)       the norm where the class has one
 
@@ -41,7 +43,18 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     down_proj, down_bias = self.down_proj, self.down_proj_bias if self.has_bias else None
     if self.is_transposed:
         up_proj, down_proj = up_proj.transpose(1, 2), down_proj.transpose(1, 2)
-    return run(self, hidden_states, top_k_index, top_k_weights, up_proj, down_proj, up_bias, down_bias)
+    return run(
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        up_proj,
+        down_proj,
+        up_bias,
+        down_bias,
+        gate=fusable_gate(self),
+        own_gate=self._apply_gate if self.has_gate else self.act_fn,
+        post_expert_norm=self.post_expert_norm if self.has_post_expert_norm else None,
+    )
 
 
 def fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -68,7 +81,15 @@ def fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Ten
     up_name = "gate_up_proj" if self.has_gate else "up_proj"
     up_proj = _dequantise(getattr(self, up_name), getattr(self, up_name + "_scale_inv"), self.block_size, dtype)
     down_proj = _dequantise(self.down_proj, self.down_proj_scale_inv, self.block_size, dtype)
-    return run(self, hidden_states, top_k_index, top_k_weights, up_proj, down_proj, None, None)
+    return run(
+        hidden_states,
+        top_k_index,
+        top_k_weights,
+        up_proj,
+        down_proj,
+        gate=fusable_gate(self),
+        own_gate=self._apply_gate if self.has_gate else self.act_fn,
+    )
 
 
 def refuse_fp8(experts: nn.Module) -> tuple[str, str, object, str] | None:
@@ -78,43 +99,13 @@ def refuse_fp8(experts: nn.Module) -> tuple[str, str, object, str] | None:
         remedy = "there is no FP4 path; load the model with dequantize=True or another experts_implementation"
         return "down_proj", "torch.float8_e4m3fn", f"{dtype} (packed FP4)", remedy
     if experts.activation_scheme != "dynamic":
-        remedy = "activations are not quantised here, so static scales would be ignored; use experts_implementation='eager'"
+        remedy = "static scales would be ignored, as activations are not quantised; use experts_implementation='eager'"
         return "activation_scheme", "'dynamic'", repr(experts.activation_scheme), remedy
     return None
 
 
-def run(
-    experts: nn.Module,
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
-) -> Tensor:
-    """Runs weights [num_experts, out, in] with the gate of ``experts``: fused where it is recognised, else unfused."""
-    # the cast is that of transformers' own implementations: norms kept in float32 hand float32 to bfloat16 experts
-    rows = hidden_states.to(up_proj.dtype)
-    gate = _fusable_gate(experts)
-    if gate is None:
-        out = _unfused(experts, rows, top_k_index, top_k_weights, up_proj, down_proj, up_bias, down_bias)
-    else:
-        out = expert_ffn(
-            rows,
-            top_k_index,
-            top_k_weights,
-            up_proj,
-            down_proj,
-            gate_up_bias=up_bias,
-            down_bias=down_bias,
-            activation=gate.activation,
-            interleaved=gate.interleaved,
-        )
-    return out.to(hidden_states.dtype)
-
-
-def _fusable_gate(experts: nn.Module) -> Gate | None:
+def fusable_gate(experts: nn.Module) -> Gate | None:
+    """The gate of a decorated class, where all that it does fits :func:`moe_kernels.expert_ffn`; else None."""
     if experts.has_post_expert_norm:
         return None
     gate = recognise(experts)
@@ -124,29 +115,51 @@ def _fusable_gate(experts: nn.Module) -> Gate | None:
     return gate
 
 
-def _unfused(
-    experts: nn.Module,
+def run(
     hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
     up_proj: Tensor,
     down_proj: Tensor,
-    up_bias: Tensor | None,
-    down_bias: Tensor | None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    gate: Gate | None,
+    own_gate: Callable[[Tensor], Tensor],
+    post_expert_norm: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    device_type = hidden_states.device.type
-    if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden_states, up_proj, down_proj = hidden_states.to(dtype), up_proj.to(dtype), down_proj.to(dtype)
-        up_bias = None if up_bias is None else up_bias.to(dtype)
-        down_bias = None if down_bias is None else down_bias.to(dtype)
-    plan = plan_dispatch(top_k_index, up_proj.shape[0])
-    rows = grouped_gemm(permute(hidden_states, plan), up_proj, plan.expert_offsets, up_bias)
-    rows = experts._apply_gate(rows) if experts.has_gate else experts.act_fn(rows)
+    """Runs experts [num_experts, out, in]: fused where ``gate`` is known, else ``own_gate`` between grouped GEMMs."""
+    # transformers' own implementations cast like this: norms kept in float32 hand float32 to bfloat16 experts
+    rows = hidden_states.to(up_proj.dtype)
+    if gate is not None:
+        out = expert_ffn(
+            rows,
+            topk_ids,
+            topk_weights,
+            up_proj,
+            down_proj,
+            gate_up_bias=up_bias,
+            down_bias=down_bias,
+            activation=gate.activation,
+            interleaved=gate.interleaved,
+        )
+        return out.to(hidden_states.dtype)
+    rows, up_proj, down_proj, up_bias, down_bias = autocast(rows, up_proj, down_proj, up_bias, down_bias)
+    plan = plan_dispatch(topk_ids, up_proj.shape[0])
+    rows = own_gate(grouped_gemm(permute(rows, plan), up_proj, plan.expert_offsets, up_bias))
     rows = grouped_gemm(rows.to(down_proj.dtype), down_proj, plan.expert_offsets, down_bias)
-    if experts.has_post_expert_norm:
-        rows = experts.post_expert_norm(rows)
-    return unpermute(rows, plan, top_k_weights)
+    if post_expert_norm is not None:
+        rows = post_expert_norm(rows)
+    return unpermute(rows, plan, topk_weights).to(hidden_states.dtype)
+
+
+def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors in autocast's dtype where it is on, as they are where it is off; grouped_gemm does not cast."""
+    device_type = tensors[0].device.type
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 @torch.no_grad()

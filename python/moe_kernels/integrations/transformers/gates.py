@@ -35,8 +35,8 @@ class Gate(NamedTuple):
     interleaved: bool
 
 
-#: ``act_fn``, by exact class or by identity -> (kind, alpha) of :class:`Activation`. FastGELUActivation is left out: its
-#: constant has ten digits, so it is no tanh GELU in float64.
+#: ``act_fn``, by exact class or by identity -> (kind, alpha) of :class:`Activation`. FastGELUActivation is left out:
+#: its constant has ten digits, so it is no tanh GELU in float64.
 _KINDS: dict[object, tuple[str, float]] = {
     nn.SiLU: ("silu", 1.0),
     activations.SiLUActivation: ("silu", 1.0),
@@ -69,9 +69,17 @@ def activation_kind(act_fn: object) -> tuple[str, float] | None:
 
 def recognise(experts: nn.Module) -> Gate | None:
     """The gate of an experts module, or None where its own ``_apply_gate`` / ``act_fn`` must run."""
-    if not experts.has_gate:
-        kind = activation_kind(experts.act_fn)
-        return None if kind is None else gate(*kind, gated=False)
+    return recognise_gated(experts) if experts.has_gate else recognise_plain(experts.act_fn, gated=False)
+
+
+def recognise_plain(act_fn: object, *, gated: bool = True) -> Gate | None:
+    """The gate ``act_fn(gate) * up``, or ``act_fn`` alone where ungated; None where ``act_fn`` is not known."""
+    kind = activation_kind(act_fn)
+    return None if kind is None else gate(*kind, gated=gated)
+
+
+def recognise_gated(experts: nn.Module) -> Gate | None:
+    """The gate that the module's ``_apply_gate`` computes, or None where that must run itself."""
     if "_apply_gate" in experts.__dict__:
         return None
     recipe = _RECIPES.get(_recipe_name(type(experts)._apply_gate))
@@ -92,20 +100,15 @@ def gate(
         return None
     # traced code builds its own: a lookup would make torch.compile guard on the whole dictionary, and it grows
     if torch.compiler.is_compiling():
-        alpha, limit, up_offset = _constant(alpha), _constant(limit), _constant(up_offset)
+        # to text and back, which is exact: torch.compile(dynamic=True) makes symbols of floats, and guards where one is
+        # made text; Activation takes numbers only
+        alpha, limit, up_offset = float(f"{alpha}"), float(f"{limit}"), float(f"{up_offset}")
         return Gate(Activation(kind, gated, alpha, limit, clamp, up_offset), interleaved)
     key = (kind, alpha, limit, up_offset, gated, interleaved, clamp)
     known = _GATES.get(key)
     if known is None:
         known = _GATES[key] = Gate(Activation(kind, gated, alpha, limit, clamp, up_offset), interleaved)
     return known
-
-
-# safe to assume constant: torch.compile guards on the value of a number that is given here
-@torch.compiler.assume_constant_result
-def _constant(number: float) -> float:
-    """Under ``torch.compile(dynamic=True)``, a number of the graph instead of a symbol."""
-    return number
 
 
 #: building an Activation costs 3 us, looking it up 0.3
@@ -143,8 +146,7 @@ _RECIPE_NAMES: WeakKeyDictionary[Callable, str] = WeakKeyDictionary()
 
 
 def _plain(experts: nn.Module) -> Gate | None:
-    kind = activation_kind(experts.act_fn)
-    return None if kind is None else gate(*kind)
+    return recognise_plain(experts.act_fn)
 
 
 def _clamped(experts: nn.Module) -> Gate | None:
@@ -173,10 +175,7 @@ def _fp8(experts: nn.Module) -> Gate | None:
         return None
     if experts.swiglu_alpha is not None:
         return gate("silu", experts.swiglu_alpha, experts.swiglu_limit, 1.0)
-    kind = activation_kind(experts.act_fn)
-    if kind is None:
-        return None
-    return gate(*kind) if experts.limit is None else gate(*kind, experts.limit)
+    return _plain(experts) if experts.limit is None else _clamped(experts)
 
 
 def _step(experts: nn.Module) -> Gate | None:
