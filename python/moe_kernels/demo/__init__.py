@@ -1,0 +1,5 @@
+"""``python -m moe_kernels demo``: a real language model split into experts, real layers beside transformers' own.
+
+Read in this order: :mod:`run` (what happens), :mod:`text` and :mod:`model` (the data and the weights),
+:mod:`perplexity`, :mod:`layers`, :mod:`finetune` (the three parts), :mod:`report` (tables and plots).
+"""

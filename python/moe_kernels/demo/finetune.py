@@ -1,0 +1,158 @@
+"""Part 3: a short training of a small mixture of experts, ours against ``grouped_mm``, each in a process of its own.
+
+Two processes, because peak memory belongs to a process; :func:`run` starts them one after the other, and the module run
+as ``python -m moe_kernels.demo.finetune`` is what they execute.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels.demo.settings import FinetuneSettings
+
+IMPLEMENTATIONS = ("grouped_mm", "moe_kernels")
+
+
+def run(settings: FinetuneSettings, seed: int) -> dict:
+    """Trains the same model twice from the same seed on the same windows of text.
+
+    Returns:
+        For each implementation the result of :func:`train`, and ``largest_loss_difference``.
+    """
+    results: dict = {"settings": asdict(settings), "implementations": {}}
+    with TemporaryDirectory(prefix="moe_kernels_demo_") as folder:
+        for implementation in IMPLEMENTATIONS:
+            out = Path(folder) / f"{implementation}.json"
+            job = {"implementation": implementation, "settings": asdict(settings), "seed": seed, "out": str(out)}
+            done = subprocess.run([sys.executable, "-m", "moe_kernels.demo.finetune", json.dumps(job)], check=False)
+            if done.returncode:
+                raise RuntimeError(
+                    f"demo: training with {implementation} must succeed, got exit code {done.returncode}"
+                )
+            results["implementations"][implementation] = json.loads(out.read_text())
+    curves = [results["implementations"][implementation]["losses"] for implementation in IMPLEMENTATIONS]
+    results["largest_loss_difference"] = max(abs(a - b) for a, b in zip(*curves, strict=True))
+    return results
+
+
+def build_model(settings: FinetuneSettings, seed: int, implementation: str) -> nn.Module:
+    """A Qwen3-MoE over bytes with random weights that depend on ``seed`` alone."""
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    if implementation == "moe_kernels":
+        import moe_kernels.integrations.transformers  # noqa: F401  registers "moe_kernels"
+    config = Qwen3MoeConfig(
+        vocab_size=256,
+        hidden_size=settings.hidden_size,
+        intermediate_size=settings.intermediate_size,
+        moe_intermediate_size=settings.intermediate_size,
+        num_hidden_layers=settings.num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=settings.hidden_size // 4,
+        num_experts=settings.num_experts,
+        num_experts_per_tok=settings.top_k,
+        norm_topk_prob=True,
+        max_position_embeddings=settings.window_size,
+        tie_word_embeddings=True,
+        use_cache=False,
+    )
+    torch.manual_seed(seed)
+    model = Qwen3MoeForCausalLM(config)
+    model.set_experts_implementation(implementation)
+    return model
+
+
+def batches(text: str, settings: FinetuneSettings, seed: int) -> list[Tensor]:
+    """``num_steps`` batches [batch_size, window_size] of bytes from random places in ``text``."""
+    data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(
+        data.numel() - settings.window_size, (settings.num_steps, settings.batch_size), generator=generator
+    )
+    return [torch.stack([data[s : s + settings.window_size] for s in row]).long() for row in starts.tolist()]
+
+
+def saved_bytes(model: nn.Module, batch: Tensor) -> int:
+    """Bytes that autograd keeps between forward and backward, each storage once, parameters not counted."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(batch, labels=batch).loss
+    del loss
+    return sum(storages.values())
+
+
+def resident_bytes(field: str) -> int | None:
+    """``VmRSS`` (now) or ``VmHWM`` (peak) of this process, or None where the system does not tell.
+
+    Not ``getrusage``'s ru_maxrss: Linux hands the parent's peak down to a child, and ours may have held a whole
+    Mixtral layer.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line for line in lines if line.startswith(field + ":")]
+    return int(found[0].split()[1]) * 1024 if found else None
+
+
+def train(settings: FinetuneSettings, seed: int, implementation: str, text: str, progress) -> dict:
+    """Trains with AdamW.
+
+    Returns:
+        ``losses`` of each step, ``seconds`` of all steps but the first (which warms up), ``saved_bytes`` for backward,
+        ``resident_bytes`` before training, ``peak_resident_bytes`` of the process.
+    """
+    model = build_model(settings, seed, implementation).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, foreach=False)
+    steps = batches(text, settings, seed)
+    resident = resident_bytes("VmRSS")
+    losses, seconds = [], 0.0
+    for step, batch in enumerate(progress(steps, f"training, {implementation}")):
+        begin = time.perf_counter()
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds += time.perf_counter() - begin if step else 0.0
+    peak = resident_bytes("VmHWM")
+    return {
+        "losses": losses,
+        "seconds": seconds,
+        "tokens_per_second": (len(steps) - 1) * steps[0].numel() / seconds if len(steps) > 1 else None,
+        "saved_bytes": saved_bytes(model, steps[0]),
+        "resident_bytes": resident,
+        "peak_resident_bytes": peak,
+        "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def main() -> None:
+    from moe_kernels.demo.report import progress
+    from moe_kernels.demo.text import reference_texts
+
+    job = json.loads(sys.argv[1])
+    result = train(
+        FinetuneSettings(**job["settings"]), job["seed"], job["implementation"], reference_texts().calibration, progress
+    )
+    Path(job["out"]).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

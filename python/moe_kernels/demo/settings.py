@@ -1,0 +1,65 @@
+"""How much of everything the demo does: the full run and the quick one."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PerplexitySettings:
+    """Part 1. ``active_experts`` lists the numbers of experts to evaluate; the first is all of them."""
+
+    num_experts: int = 16
+    active_experts: tuple[int, ...] = (16, 14, 12, 10, 8, 6, 4)
+    window_size: int = 512
+    calibration_windows: int = 16
+    evaluation_windows: int = 8
+    timing_repeats: int = 5
+
+
+@dataclass(frozen=True)
+class LayerSettings:
+    """Part 2. ``expert_divisor`` divides the number of experts: 1 is the real layer."""
+
+    num_tokens: tuple[int, ...] = (1, 256)
+    expert_divisor: int = 1
+    repeats: int = 5
+    max_copied_bytes: int = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Part 3. A Qwen3-MoE over bytes."""
+
+    hidden_size: int = 256
+    intermediate_size: int = 256
+    num_layers: int = 4
+    num_experts: int = 16
+    top_k: int = 4
+    window_size: int = 128
+    batch_size: int = 8
+    num_steps: int = 50
+    learning_rate: float = 2e-3
+
+
+@dataclass(frozen=True)
+class Settings:
+    perplexity: PerplexitySettings = PerplexitySettings()
+    layers: LayerSettings = LayerSettings()
+    finetune: FinetuneSettings = FinetuneSettings()
+    seed: int = 0
+
+
+def full(seed: int) -> Settings:
+    """What ``make demo`` runs."""
+    return Settings(seed=seed)
+
+
+def quick(seed: int) -> Settings:
+    """Every part, as small as it can be: a check that the demo works, with numbers that mean little."""
+    return Settings(
+        PerplexitySettings(
+            active_experts=(16, 8), window_size=256, calibration_windows=3, evaluation_windows=1, timing_repeats=1
+        ),
+        LayerSettings(num_tokens=(1, 16), expert_divisor=8, repeats=1),
+        FinetuneSettings(num_layers=1, window_size=64, batch_size=2, num_steps=4),
+        seed,
+    )
