@@ -3,7 +3,7 @@
 import csv
 import math
 from collections.abc import Iterable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from rich.console import Console
@@ -87,3 +87,27 @@ def append_csv(path: Path, rows: Iterable[Row]) -> None:
                 if isinstance(value, float):
                     cells[name] = "" if math.isnan(value) else f"{value:.6g}"
             writer.writerow(cells)
+
+
+def read_latest(paths: Iterable[Path]) -> list[Row]:
+    """The newest run of each cell in these histories; older ones are left out, since only one run's rows compare."""
+    kinds = {column.name: column.type for column in fields(Row)}
+    newest: dict[tuple, list[Row]] = {}
+    for path in paths:
+        with path.open(newline="") as file:
+            for record in csv.DictReader(file):
+                if set(record) != set(kinds):
+                    raise ValueError(f"{path} is no history of these benchmarks")
+                values = {
+                    name: float(text or "nan") if kinds[name] is float else kinds[name](text)
+                    for name, text in record.items()
+                }
+                row = Row(**values)
+                cell = (row.op, row.shape, row.dtype, row.num_tokens, row.threads, row.cpu)
+                same = newest.setdefault(cell, [])
+                if same and same[0].date != row.date:
+                    if row.date < same[0].date:
+                        continue
+                    same.clear()
+                same.append(row)
+    return [row for rows in newest.values() for row in rows]

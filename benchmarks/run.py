@@ -34,6 +34,9 @@ def _parser() -> argparse.ArgumentParser:
         default=True,
         help="do not time one of our own providers whose result is wrong (default)",
     )
+    parser.add_argument(
+        "--bars", nargs="+", type=Path, metavar="CSV", help="time nothing; judge the newest run of each cell in these"
+    )
     parser.add_argument("--list", action="store_true", help="ops, shapes and providers, with what is missing and why")
     return parser
 
@@ -84,6 +87,17 @@ def main(arguments: list[str] | None = None) -> int:
     modules = {op: importlib.import_module(f"benchmarks.ops.bench_{op}") for op in OPS}
     if options.list:
         _list(console, modules)
+        return 0
+
+    def print_verdicts(rows: list[harness.Row]) -> None:
+        for verdict in bars.verdicts(rows):
+            style = {"pass": "green", "MISS": "bold red", "open": "yellow"}[verdict.state]
+            console.print(
+                f"{verdict.state:5} {verdict.bar}: {verdict.detail}", style=style, markup=False, soft_wrap=True
+            )
+
+    if options.bars:
+        print_verdicts(report.read_latest(options.bars))
         return 0
 
     ops = list(OPS) if options.op == ["all"] else options.op
@@ -138,9 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
                 # at once: a run that is stopped keeps what it measured
                 report.append_csv(options.csv or _HERE / "results" / f"{op}.csv", rows)
 
-    for verdict in bars.verdicts(all_rows):
-        style = {"pass": "green", "MISS": "bold red", "open": "yellow"}[verdict.state]
-        console.print(f"{verdict.state:5} {verdict.bar}: {verdict.detail}", style=style, markup=False, soft_wrap=True)
+    print_verdicts(all_rows)
     return 1 if any(row.status == "red" for row in all_rows) else 0
 
 

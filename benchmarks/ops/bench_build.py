@@ -41,5 +41,8 @@ def _build_ms(jobs: int) -> float:
         begin = time.perf_counter()
         done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"the build failed: {(done.stderr.splitlines() or ['no message'])[-1]}")
+            # pip's own last lines only say that there was an error above
+            lines = [line.strip(" |") for line in done.stderr.splitlines() if "Error:" in line or "error:" in line]
+            lines = [line for line in lines if not line.startswith("error:")] or lines or ["no message"]
+            raise RuntimeError(f"the build failed: {lines[-1]}")
         return (time.perf_counter() - begin) * 1e3

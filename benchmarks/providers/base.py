@@ -66,7 +66,8 @@ class Provider:
         trains: it is differentiable in the hidden states, the routing weights and both expert weights.
         trains_by_default: like ``default``, for the training step.
         distribution: whose version goes into the results.
-        copies: private copies of the weights that it makes, in multiples of the weights' size.
+        copies: private copies of the weights that it makes, in multiples of the weights' size (seen in the resident
+            memory, after the first call).
     """
 
     name = ""

@@ -9,7 +9,7 @@ class ZenTorch(Provider):
     name = "zentorch"
     what = "torch.ops.zentorch.zentorch_fused_moe (AMD ZenDNN)"
     distribution = "zentorch"
-    copies = 1.0
+    copies = 2.0  # the clone and its own packing, which it keeps to the end of the process (seen in 2.13.0.2)
 
     def missing(self) -> str | None:
         return module_missing("zentorch", "--no-deps zentorch (built for one torch version, see its wheel's name)")

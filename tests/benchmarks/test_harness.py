@@ -64,6 +64,8 @@ def test_run_appends_rows(op, tmp_path, capsys):
     assert list(rows[0]) == harness.Row.columns()
     ours = [row for row in rows if row["provider"] == "ours"]
     assert ours and all(row["status"] in ("ok", "noisy") and float(row["p50_ms"]) > 0 for row in ours)
+    judged = report.read_latest([history])
+    assert [row.provider for row in judged] == [row["provider"] for row in rows]
     assert all(row["note"] for row in rows if row["status"] in ("skipped", "failed", "wrong"))
 
 
@@ -192,6 +194,21 @@ def test_bars_pass_miss_and_stay_open():
     assert wrong[0].state == "open"  # a wrong peer is no rival
     (slow_import,) = bars.verdicts([_row(op="call_overhead.import", provider="import_over_torch", p50_ms=400.0)])
     assert slow_import.state == "MISS"
+
+
+def test_only_the_newest_run_of_a_cell_is_judged(tmp_path):
+    history = tmp_path / "history.csv"
+    report.append_csv(
+        history, [_row(provider="ours", p50_ms=5.0, date="1"), _row(provider="old_peer", date="1", p50_ms=1)]
+    )
+    report.append_csv(
+        history, [_row(provider="ours", p50_ms=1.0, date="2"), _row(provider="ours", dtype="fp32", p50_ms=3)]
+    )
+    assert [(row.provider, row.dtype, row.p50_ms) for row in report.read_latest([history])] == [
+        ("ours", "bf16", 1.0),
+        ("ours", "fp32", 3.0),
+    ]
+    assert run.main(["--bars", str(history)]) == 0
 
 
 def test_another_csv_is_not_continued(tmp_path):
