@@ -38,8 +38,8 @@ def print_perplexity(result: dict) -> None:
         exact = result["all_active"]
         relative = exact["max_logit_difference"] / exact["max_logit"]
         print(
-            f"All experts active: loss differs by {abs(exact['loss_difference']):.1e}, logits by at most {relative:.1e} "
-            f"of the largest (float32 rounds at {exact['float32_eps']:.1e}).\n"
+            f"All experts active: loss differs by {abs(exact['loss_difference']):.1e}, logits by at most "
+            f"{relative:.1e} of the largest (float32 rounds at {exact['float32_eps']:.1e}).\n"
         )
 
 
@@ -98,7 +98,9 @@ def print_finetune(result: dict) -> None:
 
 
 def plot_perplexity(result: dict, path: Path) -> None:
-    """Perplexity and feed-forward speed over the share of active experts, and one against the other."""
+    """Perplexity over the number of active experts, and over speed."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure, (left, right) = _figure(1, 2, (11, 4.2))
     dense, rows = result["dense"], result["rows"]
     active = [row["active_experts"] for row in rows]
@@ -107,21 +109,28 @@ def plot_perplexity(result: dict, path: Path) -> None:
     left.axhline(dense["perplexity"], color="0.4", linestyle="--", label="dense")
     left.set(xlabel=f"active experts of {result['num_experts']}", ylabel="perplexity", yscale="log")
     left.legend()
-    for key, label in (("decode", "1 token"), ("prefill", f"{result['window_size']} tokens")):
-        key = f"feed_forward_{key}_ms"
-        speeds = [dense[key] / row[key] for row in rows]
-        right.plot(speeds, perplexities, "o-", label=f"feed-forward layers, {label}")
-        if label == "1 token":
-            for x, y, experts in zip(speeds, perplexities, active, strict=True):
-                right.annotate(str(experts), (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
-    model = [row["model_tokens_per_second"] / dense["model_tokens_per_second"] for row in rows]
-    right.plot(model, perplexities, "o-", label=f"whole model, {result['window_size']} tokens")
-    right.axvline(1, color="0.4", linestyle="--")
-    right.set(xlabel="speed relative to dense", ylabel="perplexity", yscale="log")
+    speeds = {
+        "feed-forward layers, 1 token": [
+            dense["feed_forward_decode_ms"] / row["feed_forward_decode_ms"] for row in rows
+        ],
+        f"feed-forward layers, {result['window_size']} tokens": [
+            dense["feed_forward_prefill_ms"] / row["feed_forward_prefill_ms"] for row in rows
+        ],
+        f"whole model, {result['window_size']} tokens": [
+            row["model_tokens_per_second"] / dense["model_tokens_per_second"] for row in rows
+        ],
+    }
+    for label, speed in speeds.items():
+        right.plot(speed, perplexities, "o-", label=label)
+        for x, y, experts in zip(speed, perplexities, active, strict=True):
+            right.annotate(str(experts), (x, y), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    right.axvline(1, color="0.4", linestyle="--", label="dense")
+    right.set(xlabel="speed relative to dense (numbers: active experts)", ylabel="perplexity", yscale="log")
     right.legend()
     for axes in (left, right):
-        axes.yaxis.set_major_formatter("{x:.0f}")
-        axes.yaxis.set_minor_formatter("{x:.0f}")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     figure.suptitle(f"{result['model']}, feed-forward layers split into experts")
     figure.savefig(path, dpi=150)
 
