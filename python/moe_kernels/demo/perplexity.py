@@ -21,11 +21,11 @@ from moe_kernels.nn import MoEFeedForward
 
 
 def windows_of(ids: Tensor, num_windows: int, window_size: int) -> Tensor:
-    """The first ``num_windows * window_size`` of ``ids``, as [num_windows, window_size]."""
-    needed = num_windows * window_size
-    if ids.numel() < needed:
-        raise ValueError(f"demo: the text must have at least {needed} tokens, got {ids.numel()}")
-    return ids[:needed].view(num_windows, window_size)
+    """``num_windows`` windows at even distances in ``ids``, as [num_windows, window_size]."""
+    distance = ids.numel() // num_windows
+    if distance < window_size:
+        raise ValueError(f"demo: the text must have at least {num_windows * window_size} tokens, got {ids.numel()}")
+    return ids[: num_windows * distance].view(num_windows, distance)[:, :window_size].contiguous()
 
 
 @torch.inference_mode()

@@ -4,16 +4,17 @@ from typing import NamedTuple
 
 
 class Texts(NamedTuple):
-    """Two halves of one source, which share no topic."""
+    """Two parts of one source, which share no paragraph."""
 
     calibration: str
     evaluation: str
 
 
 def reference_texts() -> Texts:
-    """The help topics of this Python, every other one for calibration and the rest for evaluation.
+    """The help topics of this Python: every other one for calibration, for evaluation what the rest say besides.
 
-    About 460,000 characters in all; they differ a little between Python versions, and so do the demo's numbers.
+    Topics quote each other at length, so a paragraph counts where it comes first. About 370,000 characters in all (Python
+    3.11); they differ a little between Python versions, and so do the demo's numbers.
     """
     try:
         from pydoc_data.topics import topics
@@ -23,7 +24,17 @@ def reference_texts() -> Texts:
             "(Debian: libpython3-stdlib)"
         ) from error
     names = sorted(topics)
-    return Texts(
-        calibration="\n\n".join(topics[name] for name in names[0::2]),
-        evaluation="\n\n".join(topics[name] for name in names[1::2]),
-    )
+    seen: set[str] = set()
+    calibration = _new_paragraphs([topics[name] for name in names[0::2]], seen)
+    return Texts(calibration, _new_paragraphs([topics[name] for name in names[1::2]], seen))
+
+
+def _new_paragraphs(texts: list[str], seen: set[str]) -> str:
+    """The paragraphs of ``texts`` that are not in ``seen``, in order; adds them to it."""
+    new = []
+    for paragraph in "\n\n".join(texts).split("\n\n"):
+        key = " ".join(paragraph.split())
+        if key and key not in seen:
+            seen.add(key)
+            new.append(paragraph)
+    return "\n\n".join(new)
