@@ -22,6 +22,8 @@ from benchmarks.limits import Limits, Probe, cpu_model
 WRONG_FACTOR = 8
 #: the row that only reads what a kernel has to read
 READ_PROBE = "read_probe"
+#: the row that only copies as many bytes as a kernel has to read and write
+MEMCPY = "memcpy"
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Cell:
         bytes: what it has to read and write if each thing moves once.
         copies: bound the bytes by memcpy instead of by reading.
         training: run with autograd recording.
-        probe_bytes: what the candidate named :data:`READ_PROBE` reads, 0 where there is none.
+        probe_bytes: what the candidate named :data:`READ_PROBE` or :data:`MEMCPY` moves, 0 where there is none.
         baseline: the candidate whose time the others are divided by.
         skipped: provider -> why it is not here.
         measured: name -> function that returns milliseconds it measured itself, in other processes; not gated.
@@ -217,9 +219,9 @@ def floor_ms(cell: Cell, context: Context, timings: dict[str, timing.Timing]) ->
     if limits is None or not (cell.flops or cell.bytes):
         return math.nan
     gbs = limits.copy_gbs if cell.copies else limits.read_gbs
-    probe = timings.get(READ_PROBE)
+    probe = timings.get(MEMCPY if cell.copies else READ_PROBE)
     if probe is not None and probe.all and cell.probe_bytes:
-        gbs = max(gbs, cell.probe_bytes / probe.p50 / 1e6)
+        gbs = max(gbs, cell.probe_bytes / probe.as_limit / 1e6)
     return max(cell.flops / limits.peak_gflops(cell.dtype), cell.bytes / gbs) / 1e6
 
 
@@ -273,7 +275,7 @@ def _run_cell(cell: Cell, context: Context, progress: Callable[[], object]) -> l
     def row(name: str, version: str, status: str, note: str = "") -> Row:
         one = timings.get(name, timing.Timing())
         p50 = one.p50
-        is_probe = name == READ_PROBE
+        is_probe = name in (READ_PROBE, MEMCPY)
         return Row(
             **common,
             provider=name,

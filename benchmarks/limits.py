@@ -75,6 +75,7 @@ class Limits:
         read_gbs: random 9.4 MB pieces (one expert of shape A in bf16) of a 0.5 GiB buffer, read once.
         copy_gbs: memcpy between two 256 MiB buffers, bytes read plus bytes written.
         variant: the fastest way to read, for :meth:`Probe.reader`.
+        noisy: something else ran while the bandwidths were measured; they are the best samples instead of medians.
     """
 
     threads: int
@@ -85,6 +86,7 @@ class Limits:
     read_gbs: float
     copy_gbs: float
     variant: int
+    noisy: bool = False
 
     def peak_gflops(self, dtype: torch.dtype) -> float:
         return self.bf16_gflops if dtype == torch.bfloat16 else self.fp32_gflops
@@ -94,6 +96,7 @@ class Limits:
         return (
             f"{self.threads} threads, {self.vector_bits}-bit vectors: fp32 {self.fp32_gflops:.0f} GFLOP/s, "
             f"bf16 {bf16}; expert read {self.read_gbs:.1f} GB/s, memcpy {self.copy_gbs:.1f} GB/s (read + written)"
+            + (" (disturbed: best samples)" if self.noisy else "")
         )
 
 
@@ -160,14 +163,15 @@ class Probe:
         copy = self.copier(buffer_bytes // 2, threads)
         functions = {str(variant): read_in(variant) for variant in range(_NUM_READ_VARIANTS)}
         timings = timing.measure(functions | {"copy": lambda i: copy()}, repeats=repeats, budget_s=0.6)
-        variant = min(range(_NUM_READ_VARIANTS), key=lambda v: timings[str(v)].p50)
+        variant = min(range(_NUM_READ_VARIANTS), key=lambda v: timings[str(v)].as_limit)
         return Limits(
             threads=threads,
             vector_bits=library.limits_vector_bits(),
             has_bf16_dot=bf16 > 0,
             fp32_gflops=fp32,
             bf16_gflops=bf16 or fp32,
-            read_gbs=8 * piece / timings[str(variant)].p50 / 1e6,
-            copy_gbs=2 * (buffer_bytes // 2) / timings["copy"].p50 / 1e6,
+            read_gbs=8 * piece / timings[str(variant)].as_limit / 1e6,
+            copy_gbs=2 * (buffer_bytes // 2) / timings["copy"].as_limit / 1e6,
             variant=variant,
+            noisy=timings[str(variant)].noisy or timings["copy"].noisy,
         )

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.harness import READ_PROBE, Cell, Row
+from benchmarks.harness import MEMCPY, READ_PROBE, Cell, Row
 
 _STYLES = {"red": "bold red", "wrong": "red", "failed": "red", "noisy": "yellow", "ungated": "yellow"}
 
@@ -55,7 +55,7 @@ def print_cell(console: Console, cell: Cell, rows: list[Row]) -> None:
             f"{row.clean}/{row.samples}",
             "-" if math.isnan(row.max_error) else f"{row.max_error:.1e}",
             Text(row.status if not row.note else f"{row.status}: {row.note}", style=_STYLES.get(row.status, "")),
-            style="dim" if row.provider == READ_PROBE else None,
+            style="dim" if row.provider in (READ_PROBE, MEMCPY) else None,
         )
     if shown:
         console.print(table)

@@ -111,6 +111,11 @@ class Timing:
     def p50(self) -> float:
         return self.percentile(50)
 
+    @property
+    def as_limit(self) -> float:
+        """For a floor: the median where it is clean, else the fastest sample, since disturbances only slow down."""
+        return min(self.all, default=float("nan")) if self.noisy else self.p50
+
 
 def measure(
     functions: dict[str, Callable[[int], object]],

@@ -4,7 +4,7 @@ import torch
 from moe_kernels import _dispatch, permute, plan_dispatch, unpermute
 from torch import Tensor
 
-from benchmarks.harness import Candidate, Cell, Cells, Check, Context, check
+from benchmarks.harness import MEMCPY, Candidate, Cell, Cells, Check, Context, check
 from benchmarks.inputs import make_batches
 from benchmarks.shapes import SHAPES
 
@@ -12,7 +12,7 @@ SUMMARY = "plan_dispatch, permute and unpermute, beside torch's ways and memcpy"
 DEFAULTS = dict(shapes=["A"], dtypes=["bf16", "fp32"], tokens=[16, 512, 2048])
 PROVIDER_NAMES = [
     "ours", "torch_argsort", "torch_one_hot", "torch_index", "torch_index_select_out", "torch_gather_sum",
-    "torch_index_add", "memcpy",
+    "torch_index_add", MEMCPY,
 ]  # fmt: skip
 
 
@@ -34,7 +34,7 @@ def cells(context: Context) -> Cells:
 
 
 def _cell(context: Context, op: str, shape_name: str, dtype: torch.dtype, num_tokens: int, num_bytes: float) -> Cell:
-    return Cell(op, shape_name, dtype, num_tokens, [], bytes=num_bytes, copies=True)
+    return Cell(op, shape_name, dtype, num_tokens, [], bytes=num_bytes, copies=True, probe_bytes=num_bytes)
 
 
 def _add(cell: Cell, context: Context, *candidates: Candidate) -> Cell:
@@ -83,7 +83,7 @@ def _memcpy(context: Context, num_bytes: int) -> list[Candidate]:
     if context.probe is None:
         return []
     copy = context.probe.copier(num_bytes // 2, context.threads)
-    return [Candidate("memcpy", lambda i: copy())]
+    return [Candidate(MEMCPY, lambda i: copy())]
 
 
 def _permute_cell(context: Context, shape_name: str, dtype: torch.dtype, num_tokens: int) -> Cell:
