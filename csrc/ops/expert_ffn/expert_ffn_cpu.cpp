@@ -188,7 +188,7 @@ std::tuple<Tensor, Tensor> expert_ffn_cpu(const Tensor& hidden_states_in, const 
     const int64_t row_tasks = expert_tasks(pairs.expert_offsets, num_experts, 1, 1, nullptr);
     const int64_t parts = gated ? 2 : 1;
     // gate and up of a block are computed together, so a block has half the columns for the same weights
-    const int64_t block = std::max<int64_t>(gate_up.dot_layout ? 4 : gate_up.ldc(1),
+    const int64_t block = std::max<int64_t>(gate_up.dot_layout ? 8 : gate_up.ldc(1),
                                             gate_up.block(gate_up_size, row_tasks) / parts);
     // interleaved columns are neighbours in one product; elsewhere gate and up are two products side by side in c
     const bool paired = interleaved && !packed;
@@ -282,7 +282,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward_c
     const int64_t row_tasks = expert_tasks(pairs.expert_offsets, num_experts, 1, 1, nullptr);
     const int64_t block = down.block(layout.intermediate_size, row_tasks);
     // <dA', A> is summed by fixed spans of the intermediate size, so that its bits do not depend on the block
-    const int64_t span = std::min<int64_t>(block, down.dot_layout ? 8 : down.ldc(1));
+    const int64_t span = down.dot_layout ? down.kBlockUnit : down.ldc(1);
     const int64_t num_spans = (layout.intermediate_size + span - 1) / span;
     Acc* inner = scratch.take<Acc>(num_permuted * num_spans);
     over_intermediate(

@@ -77,6 +77,9 @@ struct ExpertMatrices {
     return weights.dim() == 6 ? packed(op, weights, out, in) : view(op, weights);
   }
 
+  // Every block is a multiple of this many columns.
+  static constexpr int64_t kBlockUnit = 16;
+
   // Columns of the result that one task computes: the weights they read (bytes a column: in * sizeof(T)) should stay in
   // L2 beside the rows, and there should be tasks for every thread.
   int64_t block(int64_t columns, int64_t other_tasks) const {
@@ -89,8 +92,9 @@ struct ExpertMatrices {
     }
     constexpr int64_t kWeightBytes = int64_t{320} << 10;
     const int64_t fits = kWeightBytes / std::max<int64_t>(1, in * static_cast<int64_t>(sizeof(T)));
-    int64_t block = std::clamp<int64_t>(fits / 8 * 8, 8, 256);
-    while (block > 16 && (columns + block - 1) / block * other_tasks < wanted_tasks) block /= 2;
+    int64_t block = std::clamp<int64_t>(fits / kBlockUnit * kBlockUnit, kBlockUnit, 256);
+    while (block > kBlockUnit && (columns + block - 1) / block * other_tasks < wanted_tasks)
+      block = (block / 2 + kBlockUnit - 1) / kBlockUnit * kBlockUnit;
     return block;
   }
 

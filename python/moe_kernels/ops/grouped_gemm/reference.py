@@ -15,5 +15,7 @@ def grouped_gemm(rows: Tensor, expert_weights: Tensor, expert_offsets: Tensor, b
     for expert, (begin, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
         product = rows[begin:end] @ expert_weights[expert].T
         out.append(product if bias is None else product + bias[expert])
-    out.append(rows.new_zeros(len(rows) - offsets[-1], expert_weights.shape[1]))
+    # the empty sums connect every argument to the graph also where no expert has rows
+    tail = rows.new_zeros(len(rows) - offsets[-1], expert_weights.shape[1]) + rows[:0].sum() + expert_weights[:0].sum()
+    out.append(tail if bias is None else tail + bias[:0].sum())
     return torch.cat(out)
