@@ -8,6 +8,11 @@ from pathlib import Path
 
 import torch
 
+try:
+    from moe_kernels import _host
+except ImportError:
+    _host = None  # built for another Python version: the ops do not need it
+
 _LIBRARY = Path(__file__).parent / "libmoe_kernels_cpu.so"
 
 
@@ -18,6 +23,8 @@ def _load() -> str | None:
         torch.ops.load_library(str(_LIBRARY))
     except OSError as error:
         return f"{_LIBRARY.name} could not be loaded: {error}"
+    if _host is not None:
+        _host.chosen_isa()  # a wrong MOE_KERNELS_CPU_ISA is reported by the import, not by the first op
     return None
 
 
@@ -30,9 +37,5 @@ def cpu_missing_reason() -> str | None:
 
 
 def build_info() -> dict[str, str]:
-    """Compiler, torch headers and instruction sets of the compiled part; empty when it is absent."""
-    try:
-        from moe_kernels import _host
-    except ImportError as error:
-        return {"host module": f"not available: {error}"}
-    return dict(_host.build_info())
+    """Compiler, torch headers and instruction sets of the compiled part."""
+    return {"host module": "not available"} if _host is None else dict(_host.build_info())

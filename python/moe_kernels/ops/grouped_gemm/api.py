@@ -68,13 +68,21 @@ def grouped_gemm(
         raise dtype_error("grouped_gemm", "expert_offsets", torch.int32, expert_offsets, "cast with .to(torch.int32)")
     if bias is not None:
         check_bias("grouped_gemm", "bias", bias, (num_experts, out_features), rows.dtype)
-    check_same_device("grouped_gemm", rows=rows, expert_weights=expert_weights, offsets=expert_offsets, bias=bias)
+    device = rows.device
+    if not (device == expert_weights.device == expert_offsets.device) or (bias is not None and bias.device != device):
+        check_same_device(
+            "grouped_gemm", rows=rows, expert_weights=expert_weights, expert_offsets=expert_offsets, bias=bias
+        )
     if packed:
         check_prepacked("grouped_gemm", "expert_weights", expert_weights, 1, False, rows, bias)
         return native.grouped_gemm(rows, expert_weights.data, expert_offsets, bias, out_features)
     if resolve("grouped_gemm", backend, rows.device.type) == "reference":
         return reference.grouped_gemm(rows, expert_weights, expert_offsets, bias)
-    return autograd.GroupedGemm.apply(rows, expert_weights, expert_offsets, bias)
+    if torch.is_grad_enabled() and (
+        rows.requires_grad or expert_weights.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        return autograd.GroupedGemm.apply(rows, expert_weights, expert_offsets, bias)
+    return native.grouped_gemm(rows, expert_weights, expert_offsets, bias, out_features)
 
 
 def prepack(expert_weights: Tensor, *, num_splits: int = 1, interleaved: bool = False) -> PrepackedWeights:

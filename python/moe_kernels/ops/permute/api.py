@@ -1,5 +1,6 @@
 """Public functions of token permutation: :func:`plan_dispatch`, :func:`permute`, :func:`unpermute`."""
 
+import torch
 from torch import Tensor
 
 from moe_kernels._checks import (
@@ -65,10 +66,13 @@ def permute(hidden_states: Tensor, plan: DispatchPlan, *, backend: Backend = "au
     if hidden_states.dtype not in FLOAT_DTYPES:
         raise dtype_error("permute", "hidden_states", FLOAT_DTYPES, hidden_states)
     _check_plan("permute", plan)
-    check_same_device("permute", hidden_states=hidden_states, source_rows=plan.source_rows)
+    if hidden_states.device != plan.source_rows.device:
+        check_same_device("permute", hidden_states=hidden_states, source_rows=plan.source_rows)
     if resolve("permute", backend, hidden_states.device.type) == "reference":
         return reference.permute(hidden_states, plan)
-    return autograd.Permute.apply(hidden_states, plan.source_rows, plan.permuted_rows)
+    if torch.is_grad_enabled() and hidden_states.requires_grad:
+        return autograd.Permute.apply(hidden_states, plan.source_rows, plan.permuted_rows)
+    return native.permute(hidden_states, plan.source_rows)
 
 
 def unpermute(
@@ -103,10 +107,13 @@ def unpermute(
             raise shape_error("unpermute", "topk_weights", str(list(plan.permuted_rows.shape)), topk_weights)
         if topk_weights.dtype not in FLOAT_DTYPES:
             raise dtype_error("unpermute", "topk_weights", FLOAT_DTYPES, topk_weights)
-    check_same_device("unpermute", rows=rows, permuted_rows=plan.permuted_rows, topk_weights=topk_weights)
+    if rows.device != plan.permuted_rows.device or (topk_weights is not None and rows.device != topk_weights.device):
+        check_same_device("unpermute", rows=rows, permuted_rows=plan.permuted_rows, topk_weights=topk_weights)
     if resolve("unpermute", backend, rows.device.type) == "reference":
         return reference.unpermute(rows, plan, topk_weights)
-    return autograd.Unpermute.apply(rows, topk_weights, plan.source_rows, plan.permuted_rows)
+    if torch.is_grad_enabled() and (rows.requires_grad or (topk_weights is not None and topk_weights.requires_grad)):
+        return autograd.Unpermute.apply(rows, topk_weights, plan.source_rows, plan.permuted_rows)
+    return native.unpermute(rows, plan.permuted_rows, topk_weights)
 
 
 def _check_plan(op: str, plan: DispatchPlan) -> None:

