@@ -54,6 +54,9 @@ class Activation:
             raise ValueError(f"Activation: alpha must be finite, and 1 unless kind is 'silu', got {self.alpha}")
         if not math.isfinite(self.up_offset) or (not self.gated and self.up_offset != 0.0):
             raise ValueError(f"Activation: up_offset must be finite, and 0 when ungated, got {self.up_offset}")
+        # frozen, so made once: kernels take these on every call
+        arguments = KINDS.index(self.kind), self.gated, self.alpha, self.limit, self.clamp == "output", self.up_offset
+        object.__setattr__(self, "_kernel_arguments", arguments)
 
     @classmethod
     def gpt_oss(cls, alpha: float = 1.702, limit: float = 7.0) -> "Activation":
@@ -72,7 +75,7 @@ class Activation:
 
     def kernel_arguments(self) -> tuple[int, bool, float, float, bool, float]:
         """The arguments that every kernel takes, in the order of its schema."""
-        return KINDS.index(self.kind), self.gated, self.alpha, self.limit, self.clamp == "output", self.up_offset
+        return self._kernel_arguments
 
     def __call__(self, gate: Tensor, up: Tensor | None = None) -> Tensor:
         """The formula in plain PyTorch: the specification of every kernel.

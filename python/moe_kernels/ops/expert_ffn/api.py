@@ -153,6 +153,13 @@ def expert_ffn(
         return native.expert_ffn(*tensors, *activation.kernel_arguments(), interleaved, False)[0]
     if resolve(_OP, backend, device_type) == "reference":
         return reference.expert_ffn(*arguments, activation, interleaved)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in arguments):
+    if torch.is_grad_enabled() and (
+        hidden_states.requires_grad
+        or topk_weights.requires_grad
+        or gate_up_proj.requires_grad
+        or down_proj.requires_grad
+        or (gate_up_bias is not None and gate_up_bias.requires_grad)
+        or (down_bias is not None and down_bias.requires_grad)
+    ):
         return autograd.ExpertFFN.apply(*arguments, activation, interleaved)
     return native.expert_ffn(*arguments, *activation.kernel_arguments(), interleaved, False)[0]
