@@ -13,8 +13,8 @@ class Texts(NamedTuple):
 def reference_texts() -> Texts:
     """The help topics of this Python: every other one for calibration, for evaluation what the rest say besides.
 
-    Topics quote each other at length, so a paragraph counts where it comes first. About 370,000 characters in all (Python
-    3.11); they differ a little between Python versions, and so do the demo's numbers.
+    Topics quote each other at length, so a paragraph counts where it comes first. About 370,000 characters in all
+    with Python 3.11; they differ a little between Python versions, and so do the demo's numbers.
     """
     try:
         from pydoc_data.topics import topics
