@@ -44,15 +44,16 @@ class Activation:
     up_offset: float = 0.0
 
     def __post_init__(self):
+        # comparisons, not math.isfinite, which torch.compile cannot trace on symbolic numbers; NaN fails them too
         if self.kind not in KINDS:
             raise ValueError(f"Activation: kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if self.clamp not in ("input", "output"):
             raise ValueError(f"Activation: clamp must be 'input' or 'output', got {self.clamp!r}")
         if not self.limit > 0:
             raise ValueError(f"Activation: limit must be positive, got {self.limit}")
-        if not math.isfinite(self.alpha) or (self.kind != "silu" and self.alpha != 1.0):
+        if not abs(self.alpha) < math.inf or (self.kind != "silu" and self.alpha != 1.0):
             raise ValueError(f"Activation: alpha must be finite, and 1 unless kind is 'silu', got {self.alpha}")
-        if not math.isfinite(self.up_offset) or (not self.gated and self.up_offset != 0.0):
+        if not abs(self.up_offset) < math.inf or (not self.gated and self.up_offset != 0.0):
             raise ValueError(f"Activation: up_offset must be finite, and 0 when ungated, got {self.up_offset}")
         # frozen, so made once: kernels take these on every call
         arguments = KINDS.index(self.kind), self.gated, self.alpha, self.limit, self.clamp == "output", self.up_offset

@@ -210,6 +210,16 @@ def test_weights_packed_elsewhere_are_refused():
         native.grouped_gemm(torch.randn(4, 3), packed.data, offsets_of([3, 1]), None, 50)
 
 
+def test_autocast(backend):
+    rows, weights, bias = torch.randn(4, 3), torch.randn(2, 5, 3, requires_grad=True), torch.randn(2, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = grouped_gemm(rows, weights, offsets_of([3, 1]), bias, backend=backend)
+    low = grouped_gemm(rows.bfloat16(), weights.bfloat16(), offsets_of([3, 1]), bias.bfloat16(), backend=backend)
+    assert torch.equal(out, low) and out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert weights.grad.dtype == torch.float32
+
+
 def test_double_backward_says_so(backend):
     rows = torch.randn(4, 3, requires_grad=True)
     out = grouped_gemm(rows, torch.randn(2, 5, 3), offsets_of([3, 1]), backend=backend)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from moe_kernels import permute, plan_dispatch, unpermute
 from moe_kernels.ops.permute import native
@@ -78,10 +79,11 @@ def test_gradcheck(backend):
 
 
 @pytest.mark.parametrize(("num_tokens", "top_k", "hidden_size"), [(0, 2, 8), (3, 0, 8), (3, 2, 0)])
-def test_empty(backend, num_tokens, top_k, hidden_size):
-    plan = plan_dispatch(torch.zeros(num_tokens, top_k, dtype=torch.int32), 4, backend=backend)
+@pytest.mark.parametrize("which", ["reference", "native"])
+def test_empty(which, num_tokens, top_k, hidden_size):
+    plan = plan_dispatch(torch.zeros(num_tokens, top_k, dtype=torch.int32), 4, backend=which)
     x = torch.randn(num_tokens, hidden_size, requires_grad=True)
-    out = unpermute(permute(x, plan, backend=backend), plan, torch.ones(num_tokens, top_k), backend=backend)
+    out = unpermute(permute(x, plan, backend=which), plan, torch.ones(num_tokens, top_k), backend=which)
     assert out.shape == x.shape
     out.sum().backward()
     assert torch.equal(x.grad, torch.full_like(x, float(top_k)))
@@ -156,6 +158,22 @@ def test_a_plan_of_other_tokens_is_refused_before_reading(backend):
         native.permute(torch.randn(3, 2), torch.full((6,), 7, dtype=torch.int32))
     with pytest.raises(RuntimeError, match="permuted_rows must be below num_permuted=6, got 99"):
         native.unpermute(torch.randn(6, 2), torch.full_like(plan.permuted_rows, 99), None)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(backend, use_reentrant):
+    topk_ids, topk_weights = random_routing(9, 4, 2)
+    plan = plan_dispatch(topk_ids, 4)
+    results = []
+    for recompute in (False, True):
+        rows, weights = torch.randn(18, 6, generator=torch.Generator().manual_seed(0)), topk_weights.clone()
+        rows.requires_grad_(), weights.requires_grad_()
+        op = lambda rows, weights: unpermute(rows.sin(), plan, weights, backend=backend)  # noqa: E731
+        out = checkpoint(op, rows, weights, use_reentrant=use_reentrant) if recompute else op(rows, weights)
+        out.square().sum().backward()
+        results.append((out, rows.grad, weights.grad))
+    for recomputed, plain in zip(*results, strict=True):
+        assert torch.equal(recomputed, plain)
 
 
 def test_registration(backend):

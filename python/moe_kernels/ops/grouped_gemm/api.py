@@ -41,7 +41,8 @@ def grouped_gemm(
         backend: see :mod:`moe_kernels`.
 
     Returns:
-        [num_permuted, out], dtype of ``rows``. Differentiable in ``rows``, ``expert_weights`` and ``bias``; an expert
+        [num_permuted, out], dtype of ``rows``. Under ``torch.autocast`` the inputs are cast to the autocast dtype, as
+        ``F.linear`` does. Differentiable in ``rows``, ``expert_weights`` and ``bias``; an expert
         without rows gets a zero gradient.
 
     Raises:
@@ -53,6 +54,11 @@ def grouped_gemm(
     packed = isinstance(expert_weights, PrepackedWeights)
     if not packed:
         check_tensor("grouped_gemm", "expert_weights", expert_weights)
+    device_type = rows.device.type
+    if torch.is_autocast_enabled(device_type) and not packed:
+        dtype = torch.get_autocast_dtype(device_type)
+        rows, expert_weights = rows.to(dtype), expert_weights.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
     if rows.dim() != 2:
         raise shape_error("grouped_gemm", "rows", "[num_permuted, in]", rows)
     if rows.dtype not in FLOAT_DTYPES:
@@ -76,7 +82,7 @@ def grouped_gemm(
     if packed:
         check_prepacked("grouped_gemm", "expert_weights", expert_weights, 1, False, rows, bias)
         return native.grouped_gemm(rows, expert_weights.data, expert_offsets, bias, out_features)
-    if resolve("grouped_gemm", backend, rows.device.type) == "reference":
+    if resolve("grouped_gemm", backend, device_type) == "reference":
         return reference.grouped_gemm(rows, expert_weights, expert_offsets, bias)
     if torch.is_grad_enabled() and (
         rows.requires_grad or expert_weights.requires_grad or (bias is not None and bias.requires_grad)

@@ -36,8 +36,8 @@ class Unpermute(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: Tensor):
-        if len(ctx.saved_tensors) == 1:
-            (source_rows,) = ctx.saved_tensors
-            return native.permute(grad_out, source_rows), None, None, None
-        grad_rows, grad_weights = native.unpermute_backward(grad_out, *ctx.saved_tensors)
+        saved = ctx.saved_tensors  # read once: under checkpointing each read recomputes
+        if len(saved) == 1:
+            return native.permute(grad_out, saved[0]), None, None, None
+        grad_rows, grad_weights = native.unpermute_backward(grad_out, *saved)
         return grad_rows, grad_weights, None, None

@@ -25,7 +25,7 @@ def plan_dispatch(topk_ids: Tensor, num_experts: int) -> DispatchPlan:
 
 def permute(hidden_states: Tensor, plan: DispatchPlan) -> Tensor:
     if hidden_states.shape[0] == 0:
-        return hidden_states.new_zeros(plan.source_rows.shape[0], hidden_states.shape[1])
+        return hidden_states[plan.source_rows.long()]  # empty, and connected to the graph
     rows = hidden_states[plan.source_rows.clamp(min=0).long()]
     return rows.masked_fill((plan.source_rows < 0)[:, None], 0)
 
@@ -33,7 +33,7 @@ def permute(hidden_states: Tensor, plan: DispatchPlan) -> Tensor:
 def unpermute(rows: Tensor, plan: DispatchPlan, topk_weights: Tensor | None) -> Tensor:
     num_tokens, top_k = plan.permuted_rows.shape
     if num_tokens == 0 or top_k == 0:
-        return rows.new_zeros(num_tokens, rows.shape[1])
+        return rows.new_zeros(num_tokens, rows.shape[1]) + rows[:0].sum()  # connected to the graph
     skipped = plan.permuted_rows < 0
     # masked before the product: a skipped pair gives zero even where the row or its weight holds NaN
     picked = rows[plan.permuted_rows.clamp(min=0).long()].masked_fill(skipped[..., None], 0)
