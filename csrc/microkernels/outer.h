@@ -4,6 +4,9 @@
 // b is packed into panels kPanel columns wide, in chunks of kChunk steps that stay in L2 (256 x 256 bf16 = 128 KiB); a is
 // packed beside it. Sums live in registers within a chunk and in c (float) between chunks: each result is one chain in
 // rising k, so its bits do not depend on the tile or on the rows beside it.
+//
+// Up to kFewRows rows of a (decode) do not repay packing: outer_few streams b as it lies and keeps c in L1. Same chains,
+// same bits.
 #pragma once
 
 #include "microkernels/table.h"
@@ -24,6 +27,11 @@ struct OuterOperand {
   MOE_INLINE void pack(const T* const* rows, int64_t, Packed* out, int64_t n) { convert(rows[0], out, n); }
   // out[i] = row[i]
   MOE_INLINE void pack_along(const T* row, int64_t k, Packed* out) { convert(row, out, k); }
+
+  // for outer_few: kStripVectors registers that hold kDepth rows of one strip of columns
+  static constexpr int kStripVectors = 1;
+  MOE_INLINE void load_strip(const T* row, const T*, Reg* w) { w[0] = load_converted(row); }
+  MOE_INLINE void restore_order(Vec<acc_t<T>>*) {}
 };
 
 #if defined(__AVX512BF16__)
@@ -54,6 +62,22 @@ struct OuterOperand<bf16> {
   MOE_INLINE void pack_along(const bf16* row, int64_t k, Packed* out) {
     std::memcpy(out, row, static_cast<size_t>(k) / 2 * 4);
     if (k % 2) out[k / 2] = row[k - 1].bits;
+  }
+
+  // interleaving two rows lane by lane leaves the columns in another order, which restore_order undoes at the end
+  static constexpr int kStripVectors = 2;
+  MOE_INLINE void load_strip(const bf16* row, const bf16* next, Reg* w) {
+    const __m512i even = _mm512_loadu_si512(row);
+    const __m512i odd = next == nullptr ? _mm512_setzero_si512() : _mm512_loadu_si512(next);
+    w[0] = _mm512_unpacklo_epi16(even, odd);
+    w[1] = _mm512_unpackhi_epi16(even, odd);
+  }
+  MOE_INLINE void restore_order(Vec<float>* sums) {
+    const __m512 low = (__m512)sums[0], high = (__m512)sums[1];  // low: columns 0-3, 8-11, 16-19, 24-27
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    sums[0] = (Vec<float>)_mm512_permutex2var_ps(low, first, high);
+    sums[1] = (Vec<float>)_mm512_permutex2var_ps(low, second, high);
   }
 };
 #endif
@@ -139,17 +163,77 @@ static void pack_columns(const RowAt& row_at, int64_t num_rows, int64_t n, int64
 
 MOE_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// One packed chunk of each operand, kMaxOuterBlock wide, and the float tile of a weight gradient.
 template <class T>
-static int64_t outer_scratch_bytes() {
-  // one packed chunk of each operand, kMaxOuterBlock wide, and the float tile of a weight gradient
-  return 2 * kChunk / OuterOperand<T>::kDepth * kMaxOuterBlock * sizeof(typename OuterOperand<T>::Packed) +
-         kMaxOuterBlock * kMaxOuterBlock * sizeof(acc_t<T>);
+constexpr int64_t kOuterScratchBytes =
+    2 * kChunk / OuterOperand<T>::kDepth * kMaxOuterBlock * sizeof(typename OuterOperand<T>::Packed) +
+    kMaxOuterBlock * kMaxOuterBlock * sizeof(acc_t<T>);
+
+constexpr int64_t kFewRows = 4;
+
+// outer for m rows that are not packed. Columns of c up to the next multiple of kPanel are scratch.
+template <class T, int kM>
+static void outer_few(const T* const* a, const T* b, int64_t b_step_stride, int64_t n, int64_t k, acc_t<T>* c,
+                      int64_t ldc) {
+  using Operand = OuterOperand<T>;
+  constexpr int kDepth = Operand::kDepth, kVectors = Operand::kStripVectors, kN = kLanes<acc_t<T>>;
+  constexpr int64_t kStrip = kVectors * kN;
+  constexpr int kGroup = 4;  // steps between a load and a store of c
+  for (int64_t k0 = 0; k0 < k; k0 += kGroup * kDepth) {
+    const int64_t depth = k - k0 < kGroup * kDepth ? k - k0 : kGroup * kDepth;
+    typename Operand::Packed packed_a[kM][kGroup];
+    for (int m = 0; m < kM; ++m) Operand::pack_along(a[m] + k0, depth, packed_a[m]);
+    for (int64_t column = 0; column < n; column += kStrip) {
+      Vec<acc_t<T>> sum[kM][kVectors];
+      for (int m = 0; m < kM; ++m)
+        for (int v = 0; v < kVectors; ++v)
+          sum[m][v] = k0 == 0 ? Vec<acc_t<T>>{} : load(c + m * ldc + column + v * kN);
+      const int64_t width = n - column < kStrip ? n - column : kStrip;
+      for (int64_t step = 0; step * kDepth < depth; ++step) {
+        const T* row = b + (k0 + step * kDepth) * b_step_stride + column;
+        const T* next = kDepth == 2 && step * kDepth + 1 < depth ? row + b_step_stride : nullptr;
+        // the rows of the next group: a strip is one cache line of each, too short for the hardware to see a stream
+        for (int d = 0; d < kDepth; ++d)
+          __builtin_prefetch(reinterpret_cast<const void*>(
+              reinterpret_cast<uintptr_t>(row) + static_cast<uintptr_t>((kGroup * kDepth + d) * b_step_stride) * sizeof(T)));
+        typename Operand::Reg w[kVectors];
+        if (width == kStrip) {
+          Operand::load_strip(row, next, w);
+        } else {
+          T padded[2][kStrip] = {};
+          std::memcpy(static_cast<void*>(padded[0]), row, static_cast<size_t>(width) * sizeof(T));
+          if (next != nullptr) std::memcpy(static_cast<void*>(padded[1]), next, static_cast<size_t>(width) * sizeof(T));
+          Operand::load_strip(padded[0], padded[1], w);
+        }
+        for (int m = 0; m < kM; ++m) {
+          const typename Operand::Reg x = Operand::broadcast_packed(&packed_a[m][step]);
+          for (int v = 0; v < kVectors; ++v) sum[m][v] = Operand::multiply_add(sum[m][v], x, w[v]);
+        }
+      }
+      if (k0 + depth == k)
+        for (int m = 0; m < kM; ++m) Operand::restore_order(sum[m]);
+      for (int m = 0; m < kM; ++m)
+        for (int v = 0; v < kVectors; ++v) store(c + m * ldc + column + v * kN, sum[m][v]);
+    }
+  }
 }
 
 // See Microkernels::outer.
 template <class T>
 static void outer(const T* const* a, int64_t m, const T* b, int64_t b_step_stride, int64_t n, int64_t k, acc_t<T>* c,
                   int64_t ldc, void* scratch) {
+  if (k == 0) {
+    for (int64_t row = 0; row < m; ++row)
+      std::memset(static_cast<void*>(c + row * ldc), 0, static_cast<size_t>(n) * sizeof *c);
+    return;
+  }
+  static_assert(kPanel<T> % (OuterOperand<T>::kStripVectors * kLanes<acc_t<T>>) == 0 && kFewRows == 4);
+  switch (m) {
+    case 1: return outer_few<T, 1>(a, b, b_step_stride, n, k, c, ldc);
+    case 2: return outer_few<T, 2>(a, b, b_step_stride, n, k, c, ldc);
+    case 3: return outer_few<T, 3>(a, b, b_step_stride, n, k, c, ldc);
+    case 4: return outer_few<T, 4>(a, b, b_step_stride, n, k, c, ldc);
+  }
   using Packed = typename OuterOperand<T>::Packed;
   constexpr int kDepth = OuterOperand<T>::kDepth;
   constexpr int64_t kSteps = kChunk / kDepth;
@@ -168,9 +252,6 @@ static void outer(const T* const* a, int64_t m, const T* b, int64_t b_step_strid
     }
     outer_panels<T>(packed_a, kSteps, 1, m, packed_b, num_panels, steps, c, ldc, k0 == 0);
   }
-  if (k == 0)
-    for (int64_t row = 0; row < m; ++row)
-      std::memset(static_cast<void*>(c + row * ldc), 0, static_cast<size_t>(n) * sizeof *c);
 }
 
 // See Microkernels::weight_grad.

@@ -26,10 +26,7 @@ static constexpr Microkernels<T> make() {
       .dot_panel_rows = kDotTileN,
       .outer_panel = kPanel<T>,
       .outer_max_block = kMaxOuterBlock,
-      .outer_scratch_bytes =
-          static_cast<int64_t>(2 * kChunk / OuterOperand<T>::kDepth * kMaxOuterBlock *
-                                   sizeof(typename OuterOperand<T>::Packed) +
-                               kMaxOuterBlock * kMaxOuterBlock * sizeof(acc_t<T>)),
+      .outer_scratch_bytes = kOuterScratchBytes<T>,
   };
 }
 

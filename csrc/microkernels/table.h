@@ -33,8 +33,10 @@ struct DotWeights {
   int64_t panel_stride;  // between panels
 
   // always_inline: table.h is read by code of every instruction set
+  // n may lie past the end: the address is then one to prefetch
   __attribute__((always_inline)) const T* row(int64_t n) const {
-    return data + n / panel_rows * panel_stride + n % panel_rows * row_stride;
+    const int64_t offset = n / panel_rows * panel_stride + n % panel_rows * row_stride;
+    return reinterpret_cast<const T*>(reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(offset) * sizeof(T));
   }
   __attribute__((always_inline)) int64_t rows_together(int64_t n) const { return panel_rows - n % panel_rows; }
 };

@@ -44,7 +44,7 @@ struct ExpertMatrices {
     matrices.dot_layout = unit(w, i) && !(w.size(i) <= 1 && w.size(o) > 1 && w.stride(o) == 1);
     matrices.row_stride = matrices.dot_layout ? w.stride(o) : w.stride(i);
     matrices.step_stride = microkernels<T>().dot_step;
-    matrices.panel_rows = std::max<int64_t>(1, matrices.out);
+    matrices.panel_rows = kPlain;
     return matrices;
   }
 
@@ -76,6 +76,9 @@ struct ExpertMatrices {
   static ExpertMatrices plain_or_packed(const char* op, const Tensor& weights, int64_t out, int64_t in) {
     return weights.dim() == 6 ? packed(op, weights, out, in) : view(op, weights);
   }
+
+  // Rows of the one panel that a plain matrix is; more than any matrix has.
+  static constexpr int64_t kPlain = int64_t{1} << 40;
 
   // Every block is a multiple of this many columns.
   static constexpr int64_t kBlockUnit = 16;
