@@ -8,9 +8,9 @@ import torch
 
 pytest.importorskip("transformers", reason="the demo trains a model of transformers")
 
-from moe_kernels.demo import finetune  # noqa: E402
-from moe_kernels.demo.settings import FinetuneSettings  # noqa: E402
-from moe_kernels.testing import assert_close_to_reference  # noqa: E402
+from moe_kernels.demo import finetune
+from moe_kernels.demo.settings import FinetuneSettings
+from moe_kernels.testing import assert_close_to_reference
 
 TINY = FinetuneSettings(
     hidden_size=32,
@@ -41,7 +41,7 @@ def test_both_implementations_start_from_the_same_weights_and_loss():
     assert_close_to_reference(ours(batch).logits, expected, theirs(batch).logits)
 
 
-@pytest.mark.parametrize("implementation", finetune.IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", TINY.implementations)
 def test_training_lowers_the_loss(implementation):
     result = finetune.train(replace(TINY, num_steps=12), 0, implementation, TEXT, _silent)
     assert len(result["losses"]) == 12

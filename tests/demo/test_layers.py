@@ -5,10 +5,10 @@ import torch
 
 pytest.importorskip("transformers", reason="the demo compares with transformers")
 
-import moe_kernels.integrations.transformers  # noqa: E402, F401
-from moe_kernels.demo import layers  # noqa: E402
-from moe_kernels.demo.settings import LayerSettings  # noqa: E402
-from moe_kernels.testing import assert_close_to_reference, random_routing  # noqa: E402
+import moe_kernels.integrations.transformers
+from moe_kernels.demo import layers
+from moe_kernels.demo.settings import LayerSettings
+from moe_kernels.testing import assert_close_to_reference, random_routing
 
 
 def _small(name: str) -> torch.nn.Module:

@@ -5,11 +5,11 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="the demo runs a model of transformers")
 
-from moe_kernels.demo import perplexity  # noqa: E402
-from moe_kernels.demo.model import LanguageModel, feed_forward_layers, recorded_inputs, split_model  # noqa: E402
-from moe_kernels.demo.settings import PerplexitySettings  # noqa: E402
-from moe_kernels.demo.text import Texts  # noqa: E402
-from moe_kernels.testing import assert_close_to_reference  # noqa: E402
+from moe_kernels.demo import perplexity
+from moe_kernels.demo.model import LanguageModel, feed_forward_layers, recorded_inputs, split_model
+from moe_kernels.demo.settings import PerplexitySettings
+from moe_kernels.demo.text import Texts
+from moe_kernels.testing import assert_close_to_reference
 
 SETTINGS = PerplexitySettings(
     num_experts=4,
@@ -81,3 +81,12 @@ def test_windows_are_spread_over_the_text():
     assert windows[2].tolist() == list(range(66, 76))
     with pytest.raises(ValueError, match="at least 120 tokens, got 100"):
         perplexity.windows_of(torch.arange(100), 12, 10)
+
+
+def test_every_setting_takes_its_turn_at_being_first():
+    assert [perplexity.rotated([0, 16, 8], turn) for turn in range(4)] == [
+        [0, 16, 8],
+        [16, 8, 0],
+        [8, 0, 16],
+        [0, 16, 8],
+    ]

@@ -52,19 +52,20 @@ def run(language_model: LanguageModel, texts: Texts, settings: PerplexitySetting
     seconds: dict[int, float] = dict.fromkeys(losses, 0.0)
     logit_difference = logit_magnitude = 0.0
     try:
-        # every setting sees one window before any sees the next, so a busy machine slows all of them alike
-        for window in progress(evaluation, "evaluation"):
-            for top_k in losses:
+        for turn, window in enumerate(progress(evaluation, "evaluation")):
+            compared: dict[int, Tensor] = {}
+            for top_k in rotated(list(losses), turn):
                 select(model, dense, split, top_k)
                 begin = time.perf_counter()
                 logits = model(window[None], use_cache=False).logits[0]
                 seconds[top_k] += time.perf_counter() - begin
                 losses[top_k].append(F.cross_entropy(logits[:-1].float(), window[1:]).item())
-                if top_k == 0:
-                    dense_logits = logits
-                elif top_k == settings.num_experts:
-                    logit_difference = max(logit_difference, (logits - dense_logits).abs().max().item())
-                    logit_magnitude = max(logit_magnitude, dense_logits.abs().max().item())
+                if top_k in (0, settings.num_experts):
+                    compared[top_k] = logits
+            if len(compared) == 2:
+                difference = compared[settings.num_experts] - compared[0]
+                logit_difference = max(logit_difference, difference.abs().max().item())
+                logit_magnitude = max(logit_magnitude, compared[0].abs().max().item())
     finally:
         set_feed_forward_layers(model, dense)
 
@@ -113,6 +114,13 @@ def run(language_model: LanguageModel, texts: Texts, settings: PerplexitySetting
     return result
 
 
+def rotated(settings: list[int], turn: int) -> list[int]:
+    """``settings`` in their order from another one each turn: all take their turn at being first, and a busy machine
+    slows all of them alike."""
+    start = turn % len(settings)
+    return settings[start:] + settings[:start]
+
+
 def select(model: nn.Module, dense: list[nn.Module], split: list[MoEFeedForward], top_k: int) -> None:
     """Makes ``model`` run its dense layers (``top_k == 0``) or the split ones with ``top_k`` experts."""
     if top_k:
@@ -135,12 +143,12 @@ def feed_forward_times(
     """
     samples: dict[int, list[float]] = {top_k: [] for top_k in (0, *settings.active_experts)}
     for repeat in progress(range(settings.timing_repeats + 1), description):
-        for top_k, milliseconds in samples.items():
+        for top_k in rotated(list(samples), repeat):
             for layer in split:
                 layer.top_k = top_k or layer.num_experts
             begin = time.perf_counter()
             for mlp, x in zip(split if top_k else dense, tokens, strict=True):
                 mlp(x)
             if repeat:  # the first pass warms up
-                milliseconds.append(1e3 * (time.perf_counter() - begin))
+                samples[top_k].append(1e3 * (time.perf_counter() - begin))
     return {top_k: median(milliseconds) for top_k, milliseconds in samples.items()}

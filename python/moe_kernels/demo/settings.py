@@ -27,8 +27,13 @@ class LayerSettings:
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """Part 3. A Qwen3-MoE over bytes."""
+    """Part 3. A Qwen3-MoE over bytes.
 
+    ``implementations``: the first is what the others are compared with. ``eager`` is a yardstick: rounding is amplified
+    by every step, and two implementations of transformers drift apart as far as ours does.
+    """
+
+    implementations: tuple[str, ...] = ("grouped_mm", "moe_kernels", "eager")
     hidden_size: int = 256
     intermediate_size: int = 256
     num_layers: int = 4
@@ -60,6 +65,6 @@ def quick(seed: int) -> Settings:
             active_experts=(16, 8), window_size=256, calibration_windows=3, evaluation_windows=1, timing_repeats=1
         ),
         LayerSettings(num_tokens=(1, 16), expert_divisor=8, repeats=1),
-        FinetuneSettings(num_layers=1, window_size=64, batch_size=2, num_steps=4),
+        FinetuneSettings(("grouped_mm", "moe_kernels"), num_layers=1, window_size=64, batch_size=2, num_steps=4),
         seed,
     )
