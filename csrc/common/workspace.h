@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 namespace moe {
 
@@ -28,5 +29,11 @@ class Scratch {
   void* take_bytes(size_t bytes);
   size_t block_, offset_;  // where the enclosing scope stood
 };
+
+// out[0, count) = 0. Empty tensors have null pointers, which memset may not be given even for nothing.
+template <class T>
+void fill_zero(T* out, int64_t count) {
+  if (count > 0) std::memset(static_cast<void*>(out), 0, static_cast<size_t>(count) * sizeof(T));
+}
 
 }  // namespace moe

@@ -95,7 +95,7 @@ void add_to_tokens(const Pairs& pairs, const ExpertMatrices<T>& matrices, const 
     Scratch scratch;
     Acc* sums = scratch.take<Acc>(num_tokens * n);
     Acc* c = scratch.take<Acc>(row_block * ldc);
-    std::memset(static_cast<void*>(sums), 0, static_cast<size_t>(num_tokens * n) * sizeof(Acc));
+    fill_zero(sums, num_tokens * n);
     for (int64_t e = 0; e < pairs.num_experts; ++e) {
       const T* expert_bias = bias == nullptr ? nullptr : bias + e * columns + column;
       for (int64_t row = pairs.expert_offsets[e]; row < pairs.expert_offsets[e + 1]; row += row_block) {
@@ -215,8 +215,7 @@ std::tuple<Tensor, Tensor> expert_ffn_cpu(const Tensor& hidden_states_in, const 
                         }
                       });
     if (saved_rows != nullptr)
-      std::memset(static_cast<void*>(saved_rows + pairs.num_permuted() * gate_up_size), 0,
-                  static_cast<size_t>((pairs.num_pairs - pairs.num_permuted()) * gate_up_size) * sizeof(T));
+      fill_zero(saved_rows + pairs.num_permuted() * gate_up_size, (pairs.num_pairs - pairs.num_permuted()) * gate_up_size);
 
     Acc* weights = scratch.take<Acc>(pairs.num_pairs);
     read_floats(topk_weights, weights);
@@ -308,7 +307,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward_c
 
     if (grad_topk_weights) {
       Acc* result = scratch.take<Acc>(pairs.num_pairs);
-      std::memset(static_cast<void*>(result), 0, static_cast<size_t>(pairs.num_pairs) * sizeof(Acc));
+      fill_zero(result, pairs.num_pairs);
       const T* bias = data_or_null<T>(down_bias);
       parallel_tasks(num_experts, [&](int64_t expert) {
         for (int64_t row = pairs.expert_offsets[expert]; row < pairs.expert_offsets[expert + 1]; ++row) {

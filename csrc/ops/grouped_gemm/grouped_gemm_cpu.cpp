@@ -56,8 +56,7 @@ Tensor grouped_gemm_cpu(const Tensor& rows_in, const Tensor& expert_weights, con
           microkernels<T>().store_row(c + r * ldc, expert_bias, result + (row + r) * out_features + task.column, n);
       }
     });
-    std::memset(static_cast<void*>(result + offset[num_experts] * out_features), 0,
-                static_cast<size_t>((num_rows - offset[num_experts]) * out_features) * sizeof(T));
+    fill_zero(result + offset[num_experts] * out_features, (num_rows - offset[num_experts]) * out_features);
   });
   return out;
 }
@@ -114,7 +113,7 @@ Tensor prepack_cpu(const Tensor& expert_weights, int64_t num_splits, bool interl
     parallel_tasks(num_experts * num_splits * panels, [&](int64_t task) {
       const int64_t expert = task / (num_splits * panels), s = task / panels % num_splits, panel = task % panels;
       T* panel_out = out + task * steps * panel_rows * step;
-      std::memset(static_cast<void*>(panel_out), 0, static_cast<size_t>(steps * panel_rows * step) * sizeof(T));
+      fill_zero(panel_out, steps * panel_rows * step);
       for (int64_t r = 0; r < std::min(panel_rows, split - panel * panel_rows); ++r) {
         const int64_t at = panel * panel_rows + r, row = interleaved ? at * num_splits + s : s * split + at;
         const T* row_in = weights + expert * expert_stride + row * row_stride;

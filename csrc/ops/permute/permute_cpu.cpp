@@ -56,8 +56,8 @@ Tensor permute_cpu(const Tensor& hidden_states_in, const Tensor& source_rows_in)
   parallel_ranges(num_rows, rows_per_task(row_bytes), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       if (source[row] < 0)
-        std::memset(out + row * row_bytes, 0, static_cast<size_t>(row_bytes));
-      else
+        fill_zero(out + row * row_bytes, row_bytes);
+      else if (row_bytes > 0)
         std::memcpy(out + row * row_bytes, in + source[row] * stride_bytes, static_cast<size_t>(row_bytes));
     }
   });
@@ -147,8 +147,7 @@ std::tuple<Tensor, Tensor> unpermute_backward_cpu(const Tensor& grad_out_in, con
                                                   hidden_size);
                         }
                     });
-    std::memset(static_cast<void*>(out + (num_rows - num_skipped) * hidden_size), 0,
-                static_cast<size_t>(num_skipped * hidden_size) * sizeof(T));
+    fill_zero(out + (num_rows - num_skipped) * hidden_size, num_skipped * hidden_size);
     write_floats(inner, grad_weights);
   });
   return {grad_rows, grad_weights};
