@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("transformers", reason="the demo compares with transformers")
 
-import moe_kernels.integrations.transformers
+import moe_kernels.integrations.transformers  # noqa: F401
 from moe_kernels.demo import layers
 from moe_kernels.demo.settings import LayerSettings
 from moe_kernels.testing import assert_close_to_reference, random_routing

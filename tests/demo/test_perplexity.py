@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers", reason="the demo runs a model of transformers")
+pytest.importorskip("transformers", reason="the demo runs a model of transformers")
+
+import transformers
 
 from moe_kernels.demo import perplexity
 from moe_kernels.demo.model import LanguageModel, feed_forward_layers, recorded_inputs, split_model

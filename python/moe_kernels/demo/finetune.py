@@ -46,7 +46,7 @@ def build_model(settings: FinetuneSettings, seed: int, implementation: str) -> n
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     if implementation == "moe_kernels":
-        import moe_kernels.integrations.transformers
+        import moe_kernels.integrations.transformers  # noqa: F401  registers "moe_kernels"
     config = Qwen3MoeConfig(
         vocab_size=256,
         hidden_size=settings.hidden_size,

@@ -33,9 +33,10 @@ def run(language_model: LanguageModel, texts: Texts, settings: PerplexitySetting
     """Splits the model on the calibration text, then measures it on the evaluation text.
 
     Returns:
-        ``dense`` and one of ``rows`` for each number of active experts: perplexity, loss, tokens/s of the whole model
-        and milliseconds of all feed-forward layers together for one token and for a window of tokens; ``all_active``
-        holds what "exact to rounding" means here: how far loss and logits are from dense with all experts active.
+        ``dense`` and one of ``rows`` for each number of active experts: perplexity, loss, median tokens/s of the whole
+        model and milliseconds of all feed-forward layers together for one token and for a window of tokens;
+        ``all_active`` holds what "exact to rounding" means here: how far loss and logits are from dense with all
+        experts active.
     """
     model = language_model.model
     dense = feed_forward_layers(model)
@@ -49,7 +50,7 @@ def run(language_model: LanguageModel, texts: Texts, settings: PerplexitySetting
     split_seconds = time.perf_counter() - started
 
     losses: dict[int, list[float]] = {top_k: [] for top_k in (0, *settings.active_experts)}  # 0 stands for dense
-    seconds: dict[int, float] = dict.fromkeys(losses, 0.0)
+    seconds: dict[int, list[float]] = {top_k: [] for top_k in losses}
     logit_difference = logit_magnitude = 0.0
     try:
         for turn, window in enumerate(progress(evaluation, "evaluation")):
@@ -58,7 +59,7 @@ def run(language_model: LanguageModel, texts: Texts, settings: PerplexitySetting
                 select(model, dense, split, top_k)
                 begin = time.perf_counter()
                 logits = model(window[None], use_cache=False).logits[0]
-                seconds[top_k] += time.perf_counter() - begin
+                seconds[top_k].append(time.perf_counter() - begin)
                 losses[top_k].append(F.cross_entropy(logits[:-1].float(), window[1:]).item())
                 if top_k in (0, settings.num_experts):
                     compared[top_k] = logits
@@ -79,7 +80,6 @@ def run(language_model: LanguageModel, texts: Texts, settings: PerplexitySetting
         "prefill": feed_forward_times(dense, split, tokens, settings, progress, "feed-forward, one window"),
     }
 
-    num_tokens = evaluation.numel()
     rows = {}
     for top_k, window_losses in losses.items():
         loss = sum(window_losses) / len(window_losses)
@@ -87,7 +87,7 @@ def run(language_model: LanguageModel, texts: Texts, settings: PerplexitySetting
             "active_experts": top_k or None,
             "loss": loss,
             "perplexity": math.exp(loss),
-            "model_tokens_per_second": num_tokens / seconds[top_k],
+            "model_tokens_per_second": settings.window_size / median(seconds[top_k]),
             "feed_forward_decode_ms": times["decode"][top_k],
             "feed_forward_prefill_ms": times["prefill"][top_k],
         }
@@ -98,7 +98,7 @@ def run(language_model: LanguageModel, texts: Texts, settings: PerplexitySetting
         "num_experts": settings.num_experts,
         "neurons_per_expert": split[0].down_proj.shape[2],
         "calibration_tokens": calibration.numel(),
-        "evaluation_tokens": num_tokens,
+        "evaluation_tokens": evaluation.numel(),
         "window_size": settings.window_size,
         "split_seconds": split_seconds,
         "dense": dense_row,
