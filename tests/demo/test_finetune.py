@@ -25,10 +25,6 @@ TINY = FinetuneSettings(
 TEXT = "How many experts does a token need? " * 8
 
 
-def _silent(iterable, description):
-    return iterable
-
-
 def test_both_implementations_start_from_the_same_weights_and_loss():
     ours = finetune.build_model(TINY, 0, "moe_kernels")
     theirs = finetune.build_model(TINY, 0, "grouped_mm")
@@ -43,10 +39,10 @@ def test_both_implementations_start_from_the_same_weights_and_loss():
 
 @pytest.mark.parametrize("implementation", TINY.implementations)
 def test_training_lowers_the_loss(implementation):
-    result = finetune.train(replace(TINY, num_steps=12), 0, implementation, TEXT, _silent)
+    result = finetune.train(replace(TINY, num_steps=12), 0, implementation, TEXT)
     assert len(result["losses"]) == 12
     assert result["losses"][-1] < result["losses"][0]
-    assert result["seconds"] > 0
+    assert result["step_ms"] > 0
     assert result["saved_bytes"] > 0
 
 
@@ -74,3 +70,9 @@ def test_saved_bytes_counts_each_storage_once_and_no_parameter():
 def test_resident_bytes():
     assert finetune.resident_bytes("VmRSS") <= finetune.resident_bytes("VmHWM")
     assert finetune.resident_bytes("NoSuchField") is None
+
+
+def test_a_failing_training_is_named():
+    broken = replace(TINY, implementations=("no_such_implementation",))
+    with pytest.raises(RuntimeError, match="training with no_such_implementation must succeed, got exit code 1"):
+        finetune.run(broken, 0, lambda iterable, description: iterable)

@@ -1,15 +1,17 @@
 """Part 3: a short training of a small mixture of experts, ours against ``grouped_mm``, each in a process of its own.
 
-Two processes, because peak memory belongs to a process; :func:`run` starts them one after the other, and the module run
-as ``python -m moe_kernels.demo.finetune`` is what they execute.
+Processes, because peak memory belongs to a process. :func:`run` starts them and lets them take steps in turn, so that a
+busy machine slows all of them alike; the module run as ``python -m moe_kernels.demo.finetune`` is what they execute.
 """
 
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from moe_kernels.demo.settings import FinetuneSettings
 
 
-def run(settings: FinetuneSettings, seed: int) -> dict:
+def run(settings: FinetuneSettings, seed: int, progress) -> dict:
     """Trains the same model from the same seed on the same windows of text, once with each implementation.
 
     Returns:
@@ -26,19 +28,62 @@ def run(settings: FinetuneSettings, seed: int) -> dict:
     """
     results: dict = {"settings": asdict(settings), "implementations": {}}
     with TemporaryDirectory(prefix="moe_kernels_demo_") as folder:
-        for implementation in settings.implementations:
-            out = Path(folder) / f"{implementation}.json"
-            job = {"implementation": implementation, "settings": asdict(settings), "seed": seed, "out": str(out)}
-            done = subprocess.run([sys.executable, "-m", "moe_kernels.demo.finetune", json.dumps(job)], check=False)
-            if done.returncode:
-                raise RuntimeError(
-                    f"demo: training with {implementation} must succeed, got exit code {done.returncode}"
-                )
-            results["implementations"][implementation] = json.loads(out.read_text())
+        workers = {}
+        try:
+            for implementation in settings.implementations:
+                out = Path(folder) / f"{implementation}.json"
+                job = {"implementation": implementation, "settings": asdict(settings), "seed": seed, "out": str(out)}
+                workers[implementation] = _start(job)
+            for implementation, worker in workers.items():
+                _wait(implementation, worker)  # until it is ready for its first step
+            for _ in progress(range(settings.num_steps), "training"):
+                for implementation, worker in workers.items():
+                    worker.stdin.write("step\n")
+                    worker.stdin.flush()
+                    _wait(implementation, worker)
+            for implementation, worker in workers.items():
+                if worker.wait():
+                    raise _failure(implementation, worker)
+                out = Path(folder) / f"{implementation}.json"
+                results["implementations"][implementation] = json.loads(out.read_text())
+        finally:
+            for worker in workers.values():
+                worker.kill()
+                worker.communicate()
     first = results["implementations"][settings.implementations[0]]["losses"]
     for result in results["implementations"].values():
         result["loss_differences"] = [abs(a - b) for a, b in zip(result["losses"], first, strict=True)]
     return results
+
+
+#: what a worker prints when it is ready for its first step, and after each step
+_TURN_IS_OVER = "moe_kernels demo: turn is over"
+
+
+def _start(job: dict) -> subprocess.Popen:
+    command = [sys.executable, "-m", "moe_kernels.demo.finetune", json.dumps(job)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def _wait(implementation: str, worker: subprocess.Popen) -> None:
+    for line in worker.stdout:
+        if line.strip() == _TURN_IS_OVER:
+            return
+    raise _failure(implementation, worker)
+
+
+def _failure(implementation: str, worker: subprocess.Popen) -> RuntimeError:
+    return RuntimeError(f"demo: training with {implementation} must succeed, got exit code {worker.wait()}")
+
+
+def _in_turn(steps: list[Tensor]) -> Iterator[Tensor]:
+    """Yields ``steps``, each when :func:`run` says so, and tells it when the step is done."""
+    for step in steps:
+        print(_TURN_IS_OVER, flush=True)
+        if not sys.stdin.readline():
+            raise SystemExit("demo: the process that started this training is gone")
+        yield step
+    print(_TURN_IS_OVER, flush=True)
 
 
 def build_model(settings: FinetuneSettings, seed: int, implementation: str) -> nn.Module:
@@ -110,31 +155,38 @@ def resident_bytes(field: str) -> int | None:
     return int(found[0].split()[1]) * 1024 if found else None
 
 
-def train(settings: FinetuneSettings, seed: int, implementation: str, text: str, progress) -> dict:
-    """Trains with AdamW.
+def train(
+    settings: FinetuneSettings,
+    seed: int,
+    implementation: str,
+    text: str,
+    in_turn: Callable[[list[Tensor]], Iterable[Tensor]] = iter,
+) -> dict:
+    """Trains with AdamW on the batches that ``in_turn`` yields.
 
     Returns:
-        ``losses`` of each step, ``seconds`` of all steps but the first (which warms up), ``saved_bytes`` for backward,
-        ``resident_bytes`` before training, ``peak_resident_bytes`` of the process.
+        ``losses`` of each step, median ``step_ms`` and ``tokens_per_second`` of all steps but the first (which warms
+        up), ``saved_bytes`` for backward, ``resident_bytes`` before training, ``peak_resident_bytes`` of the process.
     """
     model = build_model(settings, seed, implementation).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, foreach=False)
     steps = batches(text, settings, seed)
     resident = resident_bytes("VmRSS")
-    losses, seconds = [], 0.0
-    for step, batch in enumerate(progress(steps, f"training, {implementation}")):
+    losses, seconds = [], []
+    for batch in in_turn(steps):
         begin = time.perf_counter()
         loss = model(batch, labels=batch).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        seconds += time.perf_counter() - begin if step else 0.0
+        seconds.append(time.perf_counter() - begin)
     peak = resident_bytes("VmHWM")
+    step_seconds = median(seconds[1:] or seconds)
     return {
         "losses": losses,
-        "seconds": seconds,
-        "tokens_per_second": (len(steps) - 1) * steps[0].numel() / seconds if len(steps) > 1 else None,
+        "step_ms": 1e3 * step_seconds,
+        "tokens_per_second": steps[0].numel() / step_seconds,
         "saved_bytes": saved_bytes(model, steps[0]),
         "resident_bytes": resident,
         "peak_resident_bytes": peak,
@@ -143,13 +195,11 @@ def train(settings: FinetuneSettings, seed: int, implementation: str, text: str,
 
 
 def main() -> None:
-    from moe_kernels.demo.report import progress
     from moe_kernels.demo.text import reference_texts
 
     job = json.loads(sys.argv[1])
-    result = train(
-        FinetuneSettings(**job["settings"]), job["seed"], job["implementation"], reference_texts().calibration, progress
-    )
+    settings = FinetuneSettings(**job["settings"])
+    result = train(settings, job["seed"], job["implementation"], reference_texts().calibration, _in_turn)
     Path(job["out"]).write_text(json.dumps(result))
 
 

@@ -85,6 +85,6 @@ def _layers(settings: Settings, results: dict) -> None:
 def _finetune(settings: Settings, results: dict, out: Path) -> None:
     from moe_kernels.demo import finetune, report
 
-    results["finetune"] = finetune.run(settings.finetune, settings.seed)
+    results["finetune"] = finetune.run(settings.finetune, settings.seed, report.progress)
     report.print_finetune(results["finetune"])
     report.plot_finetune(results["finetune"], out / "finetune.png")
