@@ -8,10 +8,10 @@ class PerplexitySettings:
     """Part 1. ``active_experts`` lists the numbers of experts to evaluate; the first is all of them."""
 
     num_experts: int = 16
-    active_experts: tuple[int, ...] = (16, 14, 12, 10, 8, 6, 4)
+    active_experts: tuple[int, ...] = (16, 14, 12, 10, 8, 6)
     window_size: int = 512
     calibration_windows: int = 16
-    evaluation_windows: int = 8
+    evaluation_windows: int = 6
     timing_repeats: int = 5
 
 
@@ -41,7 +41,7 @@ class FinetuneSettings:
     top_k: int = 4
     window_size: int = 128
     batch_size: int = 8
-    num_steps: int = 50
+    num_steps: int = 40
     learning_rate: float = 2e-3
 
 
