@@ -12,11 +12,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from moe_kernels.testing import assert_close_to_reference
 from torch import Tensor
 
 from benchmarks import timing
 from benchmarks.limits import Limits, Probe, cpu_model
+from moe_kernels.testing import assert_close_to_reference
 
 #: a peer whose error is beyond this many times what plain torch is allowed did not compute the same thing
 WRONG_FACTOR = 8

@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import torch
+
+from benchmarks.harness import Candidate, Cell, Cells, Context
 from moe_kernels import Activation, _dispatch, expert_ffn, grouped_gemm, permute, plan_dispatch, route, unpermute
 from moe_kernels.ops.expert_ffn import native as expert_ffn_native
 from moe_kernels.ops.expert_ffn import reference as expert_ffn_reference
@@ -16,8 +18,6 @@ from moe_kernels.ops.permute import native as permute_native
 from moe_kernels.ops.permute import reference as permute_reference
 from moe_kernels.ops.route import native as route_native
 from moe_kernels.ops.route import reference as route_reference
-
-from benchmarks.harness import Candidate, Cell, Cells, Context
 
 SUMMARY = "public call over its kernel op (us), import over torch's own (s)"
 DEFAULTS = dict(shapes=["tiny"], dtypes=["fp32"], tokens=[1])

@@ -4,13 +4,13 @@ import gc
 import math
 
 import torch
-from moe_kernels import expert_ffn
 from torch import Tensor
 
 from benchmarks.harness import READ_PROBE, Candidate, Cell, Cells, Check, Context, check
 from benchmarks.inputs import available_bytes, fingerprint, make_batches, make_layer, touched_experts
 from benchmarks.providers import PROVIDERS, Batch, Layer, Provider, Run
 from benchmarks.shapes import SHAPES
+from moe_kernels import expert_ffn
 
 SUMMARY = "expert FFN forward, every provider"
 DEFAULTS = dict(shapes=["A", "B", "C"], dtypes=["bf16", "fp32"], tokens=[1, 4, 16, 64, 512, 2048])

@@ -4,7 +4,6 @@ import gc
 from dataclasses import replace
 
 import torch
-from moe_kernels import expert_ffn
 from torch import Tensor
 
 from benchmarks.harness import Candidate, Cell, Cells, Check, Context, check, worst
@@ -12,6 +11,7 @@ from benchmarks.inputs import make_batches, make_layer, touched_experts
 from benchmarks.ops.bench_expert_ffn import no_memory
 from benchmarks.providers import PROVIDERS, Batch, Layer, Run
 from benchmarks.shapes import SHAPES
+from moe_kernels import expert_ffn
 
 SUMMARY = "expert FFN forward and backward"
 DEFAULTS = dict(shapes=["A", "B", "C"], dtypes=["bf16", "fp32"], tokens=[512])

@@ -4,13 +4,13 @@ import gc
 
 import torch
 import torch.nn.functional as F
-from moe_kernels import _dispatch, grouped_gemm, permute, plan_dispatch, prepack
 from torch import Tensor
 
 from benchmarks.harness import READ_PROBE, Candidate, Cell, Cells, Check, Context, check
 from benchmarks.inputs import make_batches, make_layer
 from benchmarks.providers import Layer
 from benchmarks.shapes import SHAPES
+from moe_kernels import _dispatch, grouped_gemm, permute, plan_dispatch, prepack
 
 SUMMARY = "grouped_gemm of the gate_up projection, beside F.grouped_mm and torch.mm for each expert"
 DEFAULTS = dict(shapes=["A", "B", "C"], dtypes=["bf16", "fp32"], tokens=[1, 16, 512, 2048])

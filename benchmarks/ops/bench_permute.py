@@ -1,12 +1,12 @@
 """Token permutation: the plan (a sort by expert), the gather into expert order, the weighted sum back."""
 
 import torch
-from moe_kernels import _dispatch, permute, plan_dispatch, unpermute
 from torch import Tensor
 
 from benchmarks.harness import MEMCPY, Candidate, Cell, Cells, Check, Context, check
 from benchmarks.inputs import make_batches
 from benchmarks.shapes import SHAPES
+from moe_kernels import _dispatch, permute, plan_dispatch, unpermute
 
 SUMMARY = "plan_dispatch, permute and unpermute, beside torch's ways and memcpy"
 DEFAULTS = dict(shapes=["A"], dtypes=["bf16", "fp32"], tokens=[16, 512, 2048])

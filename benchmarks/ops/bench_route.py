@@ -1,10 +1,10 @@
 """Routing: softmax over the experts, the top_k largest, renormalised."""
 
 import torch
-from moe_kernels import _dispatch, route
 
 from benchmarks.harness import Candidate, Cell, Cells, Check, Context, check
 from benchmarks.shapes import SHAPES
+from moe_kernels import _dispatch, route
 
 SUMMARY = "routing (softmax, top-k, renormalise) of logits"
 DEFAULTS = dict(shapes=["A", "B", "C"], dtypes=["bf16", "fp32"], tokens=[1, 64, 2048])

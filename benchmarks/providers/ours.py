@@ -1,8 +1,7 @@
 """moe_kernels: the plain layout of transformers, and prepacked copies."""
 
-from moe_kernels import _dispatch, expert_ffn, prepack
-
 from benchmarks.providers.base import Layer, Provider, Run
+from moe_kernels import _dispatch, expert_ffn, prepack
 
 
 class Ours(Provider):

@@ -87,7 +87,9 @@ class Activation:
         """
         if (up is not None) != self.gated:
             expected, got = ("gate and up", "gate alone") if self.gated else ("gate alone", "gate and up")
-            raise ValueError(f"Activation: a {'' if self.gated else 'non-'}gated activation takes {expected}, got {got}")
+            raise ValueError(
+                f"Activation: a {'' if self.gated else 'non-'}gated activation takes {expected}, got {got}"
+            )
         if self.clamp == "input" and self.limit != math.inf:
             gate = gate.clamp(max=self.limit)
         if self.kind == "silu":

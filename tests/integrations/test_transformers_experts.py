@@ -6,15 +6,16 @@ import io
 import pytest
 import torch
 from experts_zoo import HIDDEN_SIZE, NUM_EXPERTS, build, decorated_classes
-from moe_kernels import _dispatch
-from moe_kernels.integrations.transformers import IMPLEMENTATION, experts, experts_forward, fp8_experts_forward
-from moe_kernels.integrations.transformers.gates import activation_kind, recognise
-from moe_kernels.testing import assert_close_to_reference, random_routing
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from moe_kernels import _dispatch
+from moe_kernels.integrations.transformers import IMPLEMENTATION, experts, experts_forward, fp8_experts_forward
+from moe_kernels.integrations.transformers.gates import activation_kind, recognise
+from moe_kernels.testing import assert_close_to_reference, random_routing
 
 CLASSES = {str(experts_class): experts_class for experts_class in decorated_classes()}
 

@@ -8,9 +8,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from moe_kernels.integrations.transformers import IMPLEMENTATION, replace_modules
-from moe_kernels.integrations.transformers.gates import recognise
-from moe_kernels.testing import assert_close_to_reference, random_routing
 from torch import nn
 from transformers.integrations.finegrained_fp8 import (
     ALL_FP8_EXPERTS_FUNCTIONS,
@@ -18,6 +15,10 @@ from transformers.integrations.finegrained_fp8 import (
     _dequantize_fp8_weight,
 )
 from transformers.integrations.moe import use_experts_implementation
+
+from moe_kernels.integrations.transformers import IMPLEMENTATION, replace_modules
+from moe_kernels.integrations.transformers.gates import recognise
+from moe_kernels.testing import assert_close_to_reference, random_routing
 
 NUM_EXPERTS, HIDDEN_SIZE, INTERMEDIATE_SIZE = 5, 12, 7
 

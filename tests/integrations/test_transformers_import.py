@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from moe_kernels.integrations.transformers.gates import fingerprint
 
 

@@ -5,15 +5,16 @@ import copy
 import pytest
 import torch
 from experts_zoo import randomise, shrink
-from moe_kernels import _dispatch
-from moe_kernels.integrations.transformers import IMPLEMENTATION, replace_modules
-from moe_kernels.integrations.transformers.undecorated import ADAPTERS
-from moe_kernels.testing import assert_close_to_reference, random_routing
 from tiny_models import build_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Step3p7TextConfig
 from transformers.activations import ACT2FN
 from transformers.models.step3p7.modeling_step3p7 import Step3p7Experts
+
+from moe_kernels import _dispatch
+from moe_kernels.integrations.transformers import IMPLEMENTATION, replace_modules
+from moe_kernels.integrations.transformers.undecorated import ADAPTERS
+from moe_kernels.testing import assert_close_to_reference, random_routing
 
 #: model -> {(class, path)} replaced
 REPLACED = {

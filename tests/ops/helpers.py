@@ -39,7 +39,9 @@ def check(op: Callable, tensors: list[Tensor | None], backend: str, *, backward:
     """Forward and every gradient of ``op(*tensors, backend=...)`` against the float64 reference."""
     with torch.no_grad():
         shape = op(*tensors, backend="reference")
-    generator = torch.Generator().manual_seed(0)  # not the global one: hypothesis replays a failure with the same numbers
+    generator = torch.Generator().manual_seed(
+        0
+    )  # not the global one: hypothesis replays a failure with the same numbers
     grad_out = torch.randn(shape.shape, dtype=torch.float64, generator=generator).to(shape.dtype) if backward else None
     reference64 = run(op, [to_double(tensor) for tensor in tensors], "reference", grad_out)
     eager = run(op, tensors, "reference", grad_out)

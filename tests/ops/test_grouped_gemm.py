@@ -58,7 +58,9 @@ def test_any_shape(counts, in_features, out_features, tail, dtype, is_transposed
     if is_transposed:
         weights = transposed(weights)
     offsets = offsets_of(counts)
-    check_exact(lambda r, w, b, backend: grouped_gemm(r, w, offsets, b, backend=backend), [rows, weights, bias], "native")
+    check_exact(
+        lambda r, w, b, backend: grouped_gemm(r, w, offsets, b, backend=backend), [rows, weights, bias], "native"
+    )
 
 
 def test_gradcheck(backend):
@@ -113,8 +115,9 @@ def test_prepacked_gives_the_same_bits(dtype, sizes):
 
 
 @pytest.mark.parametrize(
-    ("counts", "tail", "in_features", "out_features"), [([], 0, 3, 2), ([], 3, 3, 2), ([0], 0, 3, 2), ([2], 0, 0, 2), ([2], 1, 3, 0)]
-)  # fmt: skip
+    ("counts", "tail", "in_features", "out_features"),
+    [([], 0, 3, 2), ([], 3, 3, 2), ([0], 0, 3, 2), ([2], 0, 0, 2), ([2], 1, 3, 0)],
+)
 def test_empty(backend, counts, tail, in_features, out_features):
     rows = torch.randn(sum(counts) + tail, in_features, requires_grad=True)
     weights = torch.randn(len(counts), out_features, in_features, requires_grad=True)
@@ -245,9 +248,7 @@ def test_compile(backend, layout):
     if layout == "transposed":
         weights = transposed(weights)
     weights.requires_grad_()
-    compiled = torch.compile(
-        lambda r, w, o: grouped_gemm(r, w, o, backend=backend), fullgraph=True, dynamic=True
-    )
+    compiled = torch.compile(lambda r, w, o: grouped_gemm(r, w, o, backend=backend), fullgraph=True, dynamic=True)
     for num_rows in (4, 9):
         rows, offsets = torch.randn(num_rows, 3, requires_grad=True), offsets_of([3, num_rows - 3])
         results = [

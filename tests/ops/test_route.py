@@ -38,7 +38,7 @@ def test_forward_and_backward(backend, dtype, name, num_experts):
     arguments = mode(name, num_experts)
     ids, _ = route(logits, **arguments, backend=backend)
     expected_ids, _ = route(logits, **arguments, backend="reference")
-    # low-precision logits are float32 inside, so both see the same scores up to rounding of exp: picks differ only at ties
+    # low-precision logits are float32 inside, so both see the same scores up to rounding: picks differ only at ties
     assert torch.equal(ids.sort(1).values, expected_ids.sort(1).values)
     check(lambda x, backend: route(x, **arguments, backend=backend)[1].sort(1).values, [logits], backend)
 
@@ -123,9 +123,7 @@ def test_edges(backend, num_tokens, num_experts, top_k):
 
 def test_extreme_logits(backend):
     logits = torch.tensor([[1e4, 0.0, -1e4], [-3e38, -3e38, 3e38]])
-    for actual, expected in zip(
-        route(logits, 2, backend=backend), route(logits, 2, backend="reference"), strict=True
-    ):
+    for actual, expected in zip(route(logits, 2, backend=backend), route(logits, 2, backend="reference"), strict=True):
         assert torch.equal(actual, expected)
 
 
@@ -167,9 +165,7 @@ def test_registration(backend):
 
 
 def test_compile(backend):
-    compiled = torch.compile(
-        lambda x: route(x, 2, renormalize=True, backend=backend), fullgraph=True, dynamic=True
-    )
+    compiled = torch.compile(lambda x: route(x, 2, renormalize=True, backend=backend), fullgraph=True, dynamic=True)
     for num_tokens in (3, 9):
         logits = torch.randn(num_tokens, 8, requires_grad=True)
         ids, weights = compiled(logits)

@@ -115,7 +115,9 @@ def expert_ffn(
     gate_up_shape = gate_up_proj.shape
     if len(gate_up_shape) != 3 or gate_up_shape[2] != hidden_size:
         expected = f"[num_experts, {'2 * ' if activation.gated else ''}intermediate_size, hidden_size={hidden_size}]"
-        raise shape_error(_OP, "gate_up_proj", expected, gate_up_proj, "transposed weights are given as .transpose(1, 2)")
+        raise shape_error(
+            _OP, "gate_up_proj", expected, gate_up_proj, "transposed weights are given as .transpose(1, 2)"
+        )
     num_experts, gate_up_size, _ = gate_up_shape
     if activation.gated and gate_up_size % 2:
         raise shape_error(_OP, "gate_up_proj", "[num_experts, 2 * intermediate_size, hidden_size]", gate_up_proj)

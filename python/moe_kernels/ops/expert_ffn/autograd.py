@@ -7,7 +7,6 @@ from torch.autograd.function import once_differentiable
 from moe_kernels.activation import Activation
 from moe_kernels.ops.expert_ffn import native
 
-
 #: positions of the float tensors among the arguments of forward
 _DIFFERENTIABLE = (0, 2, 3, 4, 5, 6)
 

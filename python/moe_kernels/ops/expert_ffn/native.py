@@ -1,7 +1,6 @@
 """Schemas, fakes and handles of the compiled expert FFN ops (csrc/ops/expert_ffn)."""
 
 import torch
-from torch import Tensor
 
 from moe_kernels.ops.grouped_gemm.native import is_transposed, new_weight_grad
 
@@ -56,6 +55,5 @@ def _(grad_out, hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, 
         lambda: grad_out.new_empty(num_experts, hidden_size),
     )
     return tuple(
-        new() if asked else grad_out.new_empty(0)
-        for new, asked in zip(grads, arguments[-len(_GRADS) :], strict=True)
+        new() if asked else grad_out.new_empty(0) for new, asked in zip(grads, arguments[-len(_GRADS) :], strict=True)
     )

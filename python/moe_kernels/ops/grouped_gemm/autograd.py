@@ -14,9 +14,7 @@ class GroupedGemm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, rows: Tensor, expert_weights: Tensor, expert_offsets: Tensor, bias: Tensor | None
-    ) -> Tensor:
+    def forward(ctx, rows: Tensor, expert_weights: Tensor, expert_offsets: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(
             rows if ctx.needs_input_grad[1] else None,
             expert_weights if ctx.needs_input_grad[0] else None,
@@ -32,9 +30,7 @@ class GroupedGemm(torch.autograd.Function):
         grad_rows = grad_weights = grad_bias = None
         if expert_weights is not None:
             in_features = expert_weights.shape[2]
-            grad_rows = native.grouped_gemm(
-                grad_out, expert_weights.transpose(1, 2), expert_offsets, None, in_features
-            )
+            grad_rows = native.grouped_gemm(grad_out, expert_weights.transpose(1, 2), expert_offsets, None, in_features)
         if rows is not None:
             grad_weights = native.grouped_gemm_weight_grad(grad_out, rows, expert_offsets, ctx.transposed)
         if ctx.needs_input_grad[3]:

@@ -3,15 +3,12 @@
 import torch
 from torch import Tensor
 
-torch.library.define(
-    "moe_kernels::plan_dispatch", "(Tensor topk_ids, int num_experts) -> (Tensor, Tensor, Tensor)"
-)
+torch.library.define("moe_kernels::plan_dispatch", "(Tensor topk_ids, int num_experts) -> (Tensor, Tensor, Tensor)")
 torch.library.define("moe_kernels::permute", "(Tensor hidden_states, Tensor source_rows) -> Tensor")
 torch.library.define("moe_kernels::unpermute", "(Tensor rows, Tensor permuted_rows, Tensor? topk_weights) -> Tensor")
 torch.library.define(
     "moe_kernels::unpermute_backward",
-    "(Tensor grad_out, Tensor rows, Tensor topk_weights, Tensor source_rows, Tensor permuted_rows) "
-    "-> (Tensor, Tensor)",
+    "(Tensor grad_out, Tensor rows, Tensor topk_weights, Tensor source_rows, Tensor permuted_rows) -> (Tensor, Tensor)",
 )
 
 plan_dispatch = torch.ops.moe_kernels.plan_dispatch.default
