@@ -5,8 +5,8 @@ import torch
 
 from moe_kernels import _dispatch
 
-# fills memory that PyTorch hands out uninitialised, also to C++ ops, with NaN (integers: the largest): a result that was
-# never written cannot pass
+# fills memory that PyTorch hands out uninitialised, also to C++ ops, with NaN (integers: the largest): a result that
+# was never written cannot pass
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 

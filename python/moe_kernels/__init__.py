@@ -23,8 +23,8 @@ def _refuse_name_clash() -> None:
     except PackageNotFoundError:
         return
     raise ImportError(
-        f"moe_kernels: the distribution moe-kernels {other.version} is installed beside moe-kernels-torch and writes into "
-        "the same package folder; run: pip uninstall moe-kernels && pip install --force-reinstall --no-deps "
+        f"moe_kernels: the distribution moe-kernels {other.version} is installed beside moe-kernels-torch and writes "
+        "into the same package folder; run: pip uninstall moe-kernels && pip install --force-reinstall --no-deps "
         "moe-kernels-torch"
     )
 

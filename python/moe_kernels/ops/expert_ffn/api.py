@@ -45,10 +45,10 @@ def expert_ffn(
 
     A pair whose id is outside [0, num_experts) is skipped: it adds zero and gets zero gradient.
 
-    One function for decode and prefill; it materialises neither permuted inputs nor permuted outputs. Everything between
-    the input and the output is float32 (float64 for float64) except ``a``, which is rounded to the dtype of the weights.
-    Sums run in one fixed order (a token adds its experts in rising order of their ids), so a token's output has the same
-    bits whatever tokens stand beside it and however many threads run.
+    One function for decode and prefill; it materialises neither permuted inputs nor permuted outputs. Everything
+    between the input and the output is float32 (float64 for float64) except ``a``, which is rounded to the dtype of the
+    weights. Sums run in one fixed order (a token adds its experts in rising order of their ids), so a token's output
+    has the same bits whatever tokens stand beside it and however many threads run.
 
     Args:
         hidden_states: [num_tokens, hidden_size], float32, bfloat16, float16 or float64, any strides.
@@ -65,8 +65,8 @@ def expert_ffn(
         backend: see :mod:`moe_kernels`.
 
     Returns:
-        [num_tokens, hidden_size], dtype of ``hidden_states``. Under ``torch.autocast`` the inputs are cast to the autocast
-        dtype, and so is the result, as ``F.linear`` does.
+        [num_tokens, hidden_size], dtype of ``hidden_states``. Under ``torch.autocast`` the inputs are cast to the
+        autocast dtype, and so is the result, as ``F.linear`` does.
 
         Differentiable in every floating tensor argument. Saved for backward, besides the arguments themselves:
         ``h`` [num_tokens * top_k, 2 * intermediate_size]; nothing is computed for an argument that needs no gradient,

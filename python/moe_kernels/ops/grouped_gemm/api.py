@@ -29,8 +29,8 @@ def grouped_gemm(
     ``out[r] = expert_weights[e] @ rows[r] + bias[e]`` for ``expert_offsets[e] <= r < expert_offsets[e + 1]``; rows from
     ``expert_offsets[-1]`` on belong to no expert: their output and their gradient are zero.
 
-    Products accumulate in float32 (float64 for float64) in one fixed order, so a row's result has the same bits whatever
-    rows stand beside it and however many threads run.
+    Products accumulate in float32 (float64 for float64) in one fixed order, so a row's result has the same bits
+    whatever rows stand beside it and however many threads run.
 
     Args:
         rows: [num_permuted, in], float32, bfloat16, float16 or float64, any strides.

@@ -8,7 +8,7 @@ from moe_kernels.ops.grouped_gemm import native
 
 
 class GroupedGemm(torch.autograd.Function):
-    """``grad_rows = grad_out @ W[e]``, ``grad_W[e] = grad_out.T @ rows``, ``grad_bias[e] = sum of grad_out``, by expert.
+    """By expert, ``grad_rows = grad_out @ W[e]``, ``grad_W[e] = grad_out.T @ rows``, ``grad_bias[e] = sum grad_out``.
 
     Saves the rows only where the weights' gradient is needed, the weights only where the rows' is.
     """

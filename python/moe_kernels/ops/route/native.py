@@ -10,7 +10,8 @@ torch.library.define(
 )
 torch.library.define(
     "moe_kernels::route_backward",
-    "(Tensor grad_weights, Tensor logits, Tensor topk_ids, int score, bool renormalize, float scaling_factor) -> Tensor",
+    "(Tensor grad_weights, Tensor logits, Tensor topk_ids, int score, bool renormalize, float scaling_factor) "
+    "-> Tensor",
 )
 
 route = torch.ops.moe_kernels.route.default
