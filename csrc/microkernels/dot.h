@@ -109,22 +109,54 @@ static void dot_rows(const T* const* a, int64_t m, const DotWeights<T>& weights,
   }
 }
 
+// Rows of x that lie a multiple of 4 KiB apart meet in the same few sets of the L1 cache: a tile's rows are then copied
+// side by side, if its columns repay the copy. (Zen 4, 2048 bf16 columns, 11264 x 5632 experts: 317 -> 348 GFLOP/s.)
+constexpr int64_t kAliasBytes = 4096;
+constexpr int64_t kCopiedBytes = 48 * 1024;
+constexpr int64_t kColumnsToCopy = 32;
+
+template <class T>
+static bool rows_alias(const T* const* a, int64_t height) {
+  for (int64_t m = 1; m < height; ++m) {
+    const uintptr_t first = reinterpret_cast<uintptr_t>(a[0]), other = reinterpret_cast<uintptr_t>(a[m]);
+    if (first != other && (first - other) % kAliasBytes == 0) return true;
+  }
+  return false;
+}
+
 // See Microkernels::dot.
 template <class T>
-static void dot(const T* const* a, int64_t m, const DotWeights<T>& b, int64_t n0, int64_t n, int64_t k, acc_t<T>* c,
-                int64_t ldc) {
+static void dot(const T* const* a, int64_t m, const DotBlock<T>* blocks, int64_t num_blocks, int64_t k, int64_t ldc) {
+  alignas(64) char copied[kCopiedBytes];
+  const int64_t copied_stride = (k + 63) / 64 * 64 + 64 / static_cast<int64_t>(sizeof(T));
+  int64_t columns = 0;
+  for (int64_t i = 0; i < num_blocks; ++i) columns += blocks[i].n;
   // rows in tiles of nearly equal height: 32 rows are 6 + 6 + 5 + 5 + 5 + 5, not five sixes and a 2
   const int64_t num_tiles = (m + kDotTileM - 1) / kDotTileM;
   for (int64_t tile = 0, row = 0; tile < num_tiles; ++tile) {
     const int64_t height = m / num_tiles + (tile < m % num_tiles);
-    for (int64_t column = 0; column < n;) {
-      acc_t<T>* sums = c + row * ldc + column;
-      if (n - column >= kDotTileN && b.rows_together(n0 + column) >= kDotTileN) {
-        dot_rows<T, kDotTileN>(a + row, height, b, n0 + column, k, sums, ldc);
-        column += kDotTileN;
-      } else {
-        dot_rows<T, 1>(a + row, height, b, n0 + column, k, sums, ldc);
-        ++column;
+    const T* rows[kDotTileM];
+    for (int64_t r = 0; r < height; ++r) rows[r] = a[row + r];
+    if (columns >= kColumnsToCopy && height * copied_stride * static_cast<int64_t>(sizeof(T)) <= kCopiedBytes &&
+        rows_alias(rows, height)) {
+      T* copy = reinterpret_cast<T*>(copied);
+      for (int64_t r = 0; r < height; ++r, copy += copied_stride) {
+        std::memcpy(static_cast<void*>(copy), rows[r], static_cast<size_t>(k) * sizeof(T));
+        rows[r] = copy;
+      }
+    }
+    for (int64_t i = 0; i < num_blocks; ++i) {
+      const DotBlock<T>& block = blocks[i];
+      for (int64_t j = 0; j < block.n;) {
+        const int64_t column = block.column + j;
+        acc_t<T>* sums = block.c + row * ldc + j;
+        if (block.n - j >= kDotTileN && block.weights.rows_together(column) >= kDotTileN) {
+          dot_rows<T, kDotTileN>(rows, height, block.weights, column, k, sums, ldc);
+          j += kDotTileN;
+        } else {
+          dot_rows<T, 1>(rows, height, block.weights, column, k, sums, ldc);
+          ++j;
+        }
       }
     }
     row += height;

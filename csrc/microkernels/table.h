@@ -41,13 +41,20 @@ struct DotWeights {
   __attribute__((always_inline)) int64_t rows_together(int64_t n) const { return panel_rows - n % panel_rows; }
 };
 
+// n columns of the result: c[m, j] = sum_k a[m][k] * weights.row(column + j)[k]
+template <class T>
+struct DotBlock {
+  DotWeights<T> weights;
+  int64_t column, n;
+  acc_t<T>* c;
+};
+
 template <class T>
 struct Microkernels {
   using Acc = acc_t<T>;
 
-  // c[m, j] = sum_k a[m][k] * b.row(n0 + j)[k] for m rows, j in [0, n)
-  void (*dot)(const T* const* a, int64_t m, const DotWeights<T>& b, int64_t n0, int64_t n, int64_t k, Acc* c,
-              int64_t ldc);
+  // All blocks for m rows; the blocks share ldc. Together, so that each tile of rows is brought to L1 once.
+  void (*dot)(const T* const* a, int64_t m, const DotBlock<T>* blocks, int64_t num_blocks, int64_t k, int64_t ldc);
 
   // c[m, j] = sum_k a[m][k] * b[k * b_step_stride + j] for m <= max_block rows, j in [0, n), n <= max_block.
   // Columns of c up to the next multiple of `panel` are written (with zeros).

@@ -101,7 +101,7 @@ void add_to_tokens(const Pairs& pairs, const ExpertMatrices<T>& matrices, const 
       const T* expert_bias = bias == nullptr ? nullptr : bias + e * columns + column;
       for (int64_t row = pairs.expert_offsets[e]; row < pairs.expert_offsets[e + 1]; row += row_block) {
         const int64_t height = std::min<int64_t>(row_block, pairs.expert_offsets[e + 1] - row);
-        matrices.multiply(e, a + row, height, column, n, c, ldc);
+        matrices.multiply(e, a + row, height, {{column, n, c}}, ldc);
         for (int64_t r = 0; r < height; ++r)
           microkernels<T>().accumulate(sums + pairs.token(row + r) * n, c + r * ldc, expert_bias,
                                        weights == nullptr ? Acc{1} : weights[pairs.source_pairs[row + r]], n);
@@ -198,13 +198,13 @@ std::tuple<Tensor, Tensor> expert_ffn_cpu(const Tensor& hidden_states_in, const 
                         Scratch task_scratch;
                         const int64_t part = gate_up.ldc(paired ? 2 * n : n), ldc = paired ? part : parts * part;
                         Acc* c = task_scratch.take<Acc>(height * ldc);
-                        if (paired) {
-                          gate_up.multiply(expert, x + row, height, 2 * column, 2 * n, c, ldc);
-                        } else {
-                          gate_up.multiply(expert, x + row, height, column, n, c, ldc);
-                          if (gated)
-                            gate_up.multiply(expert, x + row, height, layout.intermediate_size + column, n, c + part, ldc);
-                        }
+                        if (paired)
+                          gate_up.multiply(expert, x + row, height, {{2 * column, 2 * n, c}}, ldc);
+                        else if (gated)
+                          gate_up.multiply(expert, x + row, height,
+                                           {{column, n, c}, {layout.intermediate_size + column, n, c + part}}, ldc);
+                        else
+                          gate_up.multiply(expert, x + row, height, {{column, n, c}}, ldc);
                         const T* expert_bias = bias == nullptr ? nullptr : bias + expert * gate_up_size;
                         for (int64_t r = row; r < row + height; ++r, c += ldc) {
                           T* saved_row = saved_rows == nullptr ? nullptr : saved_rows + r * gate_up_size;
@@ -291,7 +291,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward_c
           Scratch task_scratch;
           const int64_t ldc = down.ldc(n);
           Acc* grad_act = task_scratch.take<Acc>(height * ldc);
-          down.multiply(expert, grad_rows + row, height, column, n, grad_act, ldc);
+          down.multiply(expert, grad_rows + row, height, {{column, n, grad_act}}, ldc);
           for (int64_t r = row; r < row + height; ++r, grad_act += ldc) {
             const T* saved_row = saved_rows + r * gate_up_size;
             T* grad_row = grad_pre + r * gate_up_size;

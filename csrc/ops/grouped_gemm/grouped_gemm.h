@@ -112,27 +112,36 @@ struct ExpertMatrices {
     return dot_layout ? n : (n + panel - 1) / panel * panel;
   }
 
-  // c[r, j] = sum_i a[r][i] * W[expert][column + j][i] for num_rows rows (at most row_block()), j in [0, n)
-  void multiply(int64_t expert, const T* const* a, int64_t num_rows, int64_t column, int64_t n, acc_t<T>* c,
+  // Columns [column, column + n) of the result, and where they go.
+  struct Columns {
+    int64_t column, n;
+    acc_t<T>* c;
+  };
+
+  // c[r, j] = sum_i a[r][i] * W[expert][column + j][i] for num_rows rows (at most row_block()), j in [0, n), for each of
+  // at most two ranges of columns (gate and up).
+  void multiply(int64_t expert, const T* const* a, int64_t num_rows, std::initializer_list<Columns> ranges,
                 int64_t ldc) const {
     const T* w = data + expert * expert_stride;
-    if (dot_layout) {
-      const int64_t split_size = out / num_splits;
-      // a block may straddle gate and up where they were packed apart
-      while (n > 0) {
-        const int64_t split = num_splits == 1 ? 0 : column / split_size, at = column - split * split_size;
-        const int64_t here = num_splits == 1 ? n : std::min(n, split_size - at);
-        const DotWeights<T> weights{w + split * split_stride, row_stride, step_stride, panel_rows, panel_stride};
-        microkernels<T>().dot(a, num_rows, weights, at, here, in, c, ldc);
-        column += here;
-        c += here;
-        n -= here;
-      }
-    } else {
+    if (!dot_layout) {
       Scratch scratch;
       void* packed = scratch.take<char>(microkernels<T>().outer_scratch_bytes);
-      microkernels<T>().outer(a, num_rows, w + column, row_stride, n, in, c, ldc, packed);
+      for (const Columns& range : ranges)
+        microkernels<T>().outer(a, num_rows, w + range.column, row_stride, range.n, in, range.c, ldc, packed);
+      return;
     }
+    DotBlock<T> blocks[4];
+    int64_t num_blocks = 0;
+    const int64_t split_size = num_splits == 1 ? kPlain : out / num_splits;
+    for (Columns range : ranges)
+      while (range.n > 0) {  // a range may straddle gate and up where they were packed apart
+        const int64_t split = range.column / split_size, at = range.column - split * split_size;
+        const int64_t here = std::min(range.n, split_size - at);
+        blocks[num_blocks++] = {
+            {w + split * split_stride, row_stride, step_stride, panel_rows, panel_stride}, at, here, range.c};
+        range = {range.column + here, range.n - here, range.c + here};
+      }
+    microkernels<T>().dot(a, num_rows, blocks, num_blocks, in, ldc);
   }
 };
 

@@ -51,7 +51,7 @@ Tensor grouped_gemm_cpu(const Tensor& rows_in, const Tensor& expert_weights, con
       acc_t<T>* c = task_scratch.take<acc_t<T>>(row_block * ldc);
       for (int64_t row = task.row_begin; row < task.row_end; row += row_block) {
         const int64_t height = std::min<int64_t>(row_block, task.row_end - row);
-        weights.multiply(task.expert, a + row, height, task.column, n, c, ldc);
+        weights.multiply(task.expert, a + row, height, {{task.column, n, c}}, ldc);
         for (int64_t r = 0; r < height; ++r)
           microkernels<T>().store_row(c + r * ldc, expert_bias, result + (row + r) * out_features + task.column, n);
       }
