@@ -24,9 +24,7 @@ Block new_block(size_t bytes) {
   const size_t size = (bytes + alignment - 1) / alignment * alignment;
   char* data = static_cast<char*>(std::aligned_alloc(alignment, size));
   if (data == nullptr) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-  if (alignment == kHugePage) madvise(data, size, MADV_HUGEPAGE);
-#endif
+  advise_huge_pages(data, static_cast<int64_t>(size));
   return {data, size};
 }
 
@@ -42,6 +40,16 @@ struct Arena {
 thread_local Arena arena;
 
 }  // namespace
+
+void advise_huge_pages(void* data, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
+  if (bytes > 0 && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 Scratch::Scratch() : block_(arena.block), offset_(arena.offset) {}
 

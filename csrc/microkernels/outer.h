@@ -1,4 +1,4 @@
-// c[m, n] += sum_k a[m][k] * b[k][n]: the right operand contiguous along n, as weights are when the sum runs over their
+// c[m, n] = sum_k a[m][k] * b[k][n]: the right operand contiguous along n, as weights are when the sum runs over their
 // outer dimension (transposed layouts, and the gradient of the rows), and as both operands are in a weight gradient.
 //
 // b is packed into panels kPanel columns wide, in chunks of kChunk steps that stay in L2 (256 x 256 bf16 = 128 KiB); a is

@@ -57,7 +57,7 @@ struct Microkernels {
   void (*dot)(const T* const* a, int64_t m, const DotBlock<T>* blocks, int64_t num_blocks, int64_t k, int64_t ldc);
 
   // c[m, j] = sum_k a[m][k] * b[k * b_step_stride + j] for m <= max_block rows, j in [0, n), n <= max_block.
-  // Columns of c up to the next multiple of `panel` are written (with zeros).
+  // Columns of c up to the next multiple of `panel` are scratch.
   void (*outer)(const T* const* a, int64_t m, const T* b, int64_t b_step_stride, int64_t n, int64_t k, Acc* c,
                 int64_t ldc, void* scratch);
 

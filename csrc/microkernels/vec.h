@@ -74,6 +74,10 @@ MOE_INLINE float to_float(bf16 x) {
 MOE_INLINE bf16 to_bf16(float f) {
   uint32_t bits;
   std::memcpy(&bits, &f, 4);
+#if defined(__AVX512BF16__)
+  // as vcvtneps2bf16 does, so that a row's tail rounds like its vectors: denormals become zero
+  if ((bits & 0x7f800000) == 0) bits &= 0x80000000;
+#endif
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   return {static_cast<uint16_t>(f == f ? rounded : (bits >> 16) | 0x40)};
 }

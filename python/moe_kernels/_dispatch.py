@@ -1,7 +1,10 @@
-"""The only place where a backend is chosen."""
+"""The only place where a backend is chosen, and where autocast is applied."""
 
 import sys
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from moe_kernels import _extension, env
 
@@ -42,6 +45,22 @@ def _auto(device_type: str) -> str:
 
 # Resolved once per process: the choice depends on what is installed, not on the call.
 _AUTO = {device_type: _auto(device_type) for device_type in AUTO_ORDER}
+
+
+def autocast_enabled(device_type: str) -> bool:
+    """Whether ``torch.autocast`` is on for this type of device (never for types without autocast, such as meta)."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Casts to the autocast dtype what ``F.linear`` would cast: floating tensors that are not float64."""
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        tensor.to(dtype)
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        else tensor
+        for tensor in tensors
+    )
 
 
 def resolve(op: str, backend: str, device_type: str) -> str:

@@ -1,4 +1,4 @@
-"""The activation of an expert, as data: every backend reads the same five numbers, so none can drop a clamp."""
+"""The activation of an expert, as data: every backend reads the same six numbers, so none can drop a clamp."""
 
 import math
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-#: position in this tuple is the code that the kernels take (``ActivationKind`` in csrc/microkernels/activation.h)
+#: position in this tuple is the code that the kernels take (``ActivationKind`` in csrc/microkernels/table.h)
 KINDS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 

@@ -11,7 +11,7 @@ import os
 VARIABLES = {
     "MOE_KERNELS_BACKEND": ("auto", "backend that backend='auto' resolves to: auto, reference, native or triton"),
     "MOE_KERNELS_CPU_ISA": ("", "force one CPU kernel set: portable, avx2, avx512 or avx512_bf16 (read when loaded)"),
-    "MOE_KERNELS_LOG": ("0", "1 prints one line per op call to stderr: op, backend, shapes"),
+    "MOE_KERNELS_LOG": ("0", "1 prints one line per op call to stderr: op, backend, device"),
 }
 
 

@@ -195,6 +195,15 @@ def test_a_token_has_the_same_bits_alone_and_among_others(backend, dtype, transp
             assert torch.equal(few, many[:size])
 
 
+def test_denormals_have_the_same_bits_in_any_batch(backend):
+    # blocks of columns depend on the batch; a row's vectors and its tail must round alike
+    layer = Layer(1200, 256, 16, 1, 1, torch.bfloat16, skip=0)
+    tensors = [layer.tensors[0], torch.full((1200, 1), 1e-39), *layer.tensors[2:]]
+    many = layer.call(*tensors, backend=backend)
+    few = replace(layer, num_tokens=8)
+    assert torch.equal(few.call(tensors[0][:8], tensors[1][:8], *tensors[2:], backend=backend), many[:8])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("transposed", [False, True])
 def test_same_bits_with_one_and_two_threads(backend, dtype, transposed):
@@ -353,6 +362,9 @@ def test_autocast(backend):
     low.tensors[1] = layer.tensors[1]
     assert torch.equal(out, low.call(*low.tensors, backend=backend)) and out.dtype == torch.bfloat16
     assert all(grad.dtype == torch.float32 for grad in grads)
+    double = replace(layer, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # F.linear leaves float64 alone
+        assert double.call(*double.tensors, backend=backend).dtype == torch.float64
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -408,14 +420,22 @@ def test_bad_input():
         (dict(down=prepack(down)), ValueError, "down_proj must be prepacked where gate_up_proj is"),
         (dict(gate_up=prepack(gate_up), down=prepack(down)), ValueError, "gate_up_proj must be prepacked with"),
         (dict(gate_up=gate_up.to("meta")), ValueError, "gate_up_proj must be on cpu like hidden_states, got meta"),
+        (dict(down_bias=down_bias.to("meta")), ValueError, "down_bias must be on cpu like hidden_states, got meta"),
+        (dict(gate_up_bias=gate_up_bias.to("meta")), ValueError, "gate_up_bias must be on cpu like hidden_states"),
         (dict(backend="cuda"), ValueError, "backend must be one of auto, reference, native, triton, got 'cuda'"),
     ]:  # fmt: skip
         with pytest.raises(error, match="expert_ffn: " + message):
             call(**arguments)
     with pytest.raises(ValueError, match="a plain tensor where a gradient is needed"):
         call(x=x.clone().requires_grad_(), gate_up=prepack(gate_up, num_splits=2), down=prepack(down))
-    with pytest.raises(RuntimeError, match="backend='triton' is unavailable"):
-        call(backend="triton")
+    packed = dict(gate_up=prepack(gate_up, num_splits=2), down=prepack(down))
+    for arguments in ({}, packed):
+        with pytest.raises(RuntimeError, match="backend='triton' is unavailable"):
+            call(backend="triton", **arguments)
+    with pytest.raises(ValueError, match="must be a plain tensor for backend='reference', got prepacked weights"):
+        call(backend="reference", **packed)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="hidden_states must be one of"):
+        call(x=x.long())
     with pytest.raises(ValueError, match=r"num_tokens \* top_k must be below 2\*\*31"):
         expert_ffn(
             torch.zeros(1, 1).expand(2**16, 1),

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from moe_kernels import permute, plan_dispatch, unpermute
+from moe_kernels import DispatchPlan, permute, plan_dispatch, unpermute
 from moe_kernels.ops.permute import native
 from moe_kernels.testing import random_routing
 from tests.ops.helpers import DTYPES, check, strided
@@ -174,6 +174,15 @@ def test_checkpoint(backend, use_reentrant):
         results.append((out, rows.grad, weights.grad))
     for recomputed, plain in zip(*results, strict=True):
         assert torch.equal(recomputed, plain)
+
+
+def test_two_pairs_on_one_row_are_refused(backend):
+    rows = torch.randn(2, 3, requires_grad=True)
+    plan = DispatchPlan(torch.tensor([0, 2]), torch.tensor([0, 0]), torch.tensor([[0, 0]]))
+    plan = DispatchPlan(*(tensor.int() for tensor in plan))
+    out = unpermute(rows, plan, torch.ones(1, 2), backend=backend)
+    with pytest.raises(RuntimeError, match="permuted_rows must be below num_permuted=2 and each its own, got 0"):
+        out.sum().backward()
 
 
 def test_registration(backend):

@@ -111,6 +111,20 @@ def test_masked_and_broken_rows(which, score):
     assert torch.equal(grad[1:], torch.zeros(3, 3)) and grad[0].isfinite().all()
 
 
+@pytest.mark.parametrize("which", ["reference", "native"])
+def test_groups_with_masked_experts_are_still_filled(which):
+    logits = torch.tensor([[-torch.inf, 1.0, -torch.inf, -torch.inf]])
+    ids, weights = route(logits, 1, num_groups=2, topk_groups=1, group_score="top2_sum", backend=which)
+    assert ids.tolist() == [[1]] and weights.tolist() == [[1.0]]
+
+
+@pytest.mark.parametrize("which", ["reference", "native"])
+def test_bias_chooses_but_is_not_differentiated(which):
+    bias = torch.tensor([0.0, torch.nan, 0.5, 0.0], requires_grad=True)
+    ids, weights = route(torch.zeros(1, 4), 2, expert_bias=bias, backend=which)
+    assert ids.tolist() == [[2, 0]] and not weights.requires_grad
+
+
 @pytest.mark.parametrize(("num_tokens", "num_experts", "top_k"), [(0, 4, 2), (3, 4, 0), (3, 0, 0), (1, 1, 1)])
 def test_edges(backend, num_tokens, num_experts, top_k):
     logits = torch.randn(num_tokens, num_experts, requires_grad=True)

@@ -90,7 +90,8 @@ void add_to_tokens(const Pairs& pairs, const ExpertMatrices<T>& matrices, const 
   int64_t block = matrices.block(columns, 1);
   // the sums of all tokens stay in cache; wider blocks read act less often (128 experts, 2048 tokens, bf16: 512 KiB of sums
   // 174 GFLOP/s, 1 MiB 185)
-  while (block > 64 && num_tokens * block * static_cast<int64_t>(sizeof(Acc)) > (int64_t{1} << 20)) block /= 2;
+  while (block > 64 && num_tokens * block * static_cast<int64_t>(sizeof(Acc)) > (int64_t{1} << 20))
+    block = matrices.half_block(block);
   parallel_ranges(columns, block, [&](int64_t column, int64_t end) {
     const int64_t n = end - column, ldc = matrices.ldc(n), row_block = matrices.row_block();
     Scratch scratch;
@@ -157,11 +158,13 @@ std::tuple<Tensor, Tensor> expert_ffn_cpu(const Tensor& hidden_states_in, const 
             kOp, ": weights and biases must have the dtype of hidden_states");
   MOE_CHECK(down_proj.size(0) == num_experts && (down_proj.dim() == 6) == packed, kOp,
             ": gate_up_proj and down_proj must both be plain or both prepacked, for as many experts");
-  // prepacked matrices do not tell their unpadded size: the biases do, and without them the padding is harmless (zeros)
+  // prepacked matrices do not tell their unpadded size: the biases do, and without them the padding is harmless: zeros,
+  // unless the input is infinite
   int64_t gate_up_size = packed ? gate_up_proj.size(1) * gate_up_proj.size(2) * gate_up_proj.size(4) : gate_up_proj.size(1);
   if (packed && gate_up_bias) gate_up_size = gate_up_bias->size(1);
   const GateUp layout{gated ? gate_up_size / 2 : gate_up_size, gated, interleaved};
-  MOE_CHECK(layout.size() == gate_up_size && !(packed && save_pre_activation) &&
+  MOE_CHECK(layout.size() == gate_up_size && !(packed && save_pre_activation) && (gated || !interleaved) && kind >= 0 &&
+                kind <= 4 &&
                 (!packed || gate_up_proj.size(1) == (gated ? 2 : 1)),
             kOp, ": gate_up_proj must hold gate and up rows, and be plain where a gradient is needed");
   MOE_CHECK((!gate_up_bias || gate_up_bias->numel() == num_experts * gate_up_size) &&
@@ -184,13 +187,13 @@ std::tuple<Tensor, Tensor> expert_ffn_cpu(const Tensor& hidden_states_in, const 
     const T* const* x = pairs.token_rows<T>(scratch, hidden_states);
     T* act = scratch.take<T>(pairs.num_permuted() * layout.intermediate_size);
     T* saved_rows = save_pre_activation ? mutable_data<T>(saved) : nullptr;
+    advise_huge_pages(saved_rows, saved.numel() * static_cast<int64_t>(sizeof(T)));
     const T* bias = data_or_null<T>(gate_up_bias);
 
     const int64_t row_tasks = expert_tasks(pairs.expert_offsets, num_experts, 1, 1, nullptr);
     const int64_t parts = gated ? 2 : 1;
     // gate and up of a block are computed together, so a block has half the columns for the same weights
-    const int64_t block = std::max<int64_t>(gate_up.dot_layout ? 8 : gate_up.ldc(1),
-                                            gate_up.block(gate_up_size, row_tasks) / parts);
+    const int64_t both = gate_up.block(gate_up_size, row_tasks), block = gated ? gate_up.half_block(both) : both;
     // interleaved columns are neighbours in one product; elsewhere gate and up are two products side by side in c
     const bool paired = interleaved && !packed;
     over_intermediate(pairs, gate_up, layout.intermediate_size, block,
@@ -248,7 +251,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward_c
                 pre_activation.scalar_type() == grad_out.scalar_type() &&
                 down_proj.scalar_type() == grad_out.scalar_type(),
             kOp, ": the gradient must have the shape and dtype of the output");
-  MOE_CHECK(!grad_gate_up_proj || (hidden_states_in && hidden_states_in->size(0) == num_tokens), kOp,
+  MOE_CHECK(layout.size() == gate_up_size && (gated || !interleaved) && kind >= 0 && kind <= 4, kOp,
+            ": gate_up_proj must hold gate and up rows");
+  MOE_CHECK(!down_bias || (down_bias->numel() == num_experts * hidden_size &&
+                           down_bias->scalar_type() == grad_out.scalar_type()),
+            kOp, ": down_bias must be of shape [num_experts, hidden_size]");
+  MOE_CHECK(!grad_gate_up_proj || (hidden_states_in && hidden_states_in->size(0) == num_tokens &&
+                                   hidden_states_in->size(1) == hidden_size &&
+                                   hidden_states_in->scalar_type() == grad_out.scalar_type()),
+            kOp,
             ": hidden_states must have been saved for the gradient of gate_up_proj");
 
   const auto make = [&](bool asked, const Tensor& like, std::initializer_list<int64_t> shape) {

@@ -91,15 +91,22 @@ struct ExpertMatrices {
     const int64_t wanted_tasks = 4 * num_threads();
     if (!dot_layout) {
       int64_t block = kernels.outer_max_block;
-      while (block > kernels.outer_panel && (columns + block - 1) / block * other_tasks < wanted_tasks) block /= 2;
+      while (block > kernels.outer_panel && (columns + block - 1) / block * other_tasks < wanted_tasks)
+        block = half_block(block);
       return block;
     }
     constexpr int64_t kWeightBytes = int64_t{480} << 10;
     const int64_t fits = kWeightBytes / std::max<int64_t>(1, in * static_cast<int64_t>(sizeof(T)));
     int64_t block = std::clamp<int64_t>(fits / kBlockUnit * kBlockUnit, kBlockUnit, 256);
     while (block > kBlockUnit && (columns + block - 1) / block * other_tasks < wanted_tasks)
-      block = (block / 2 + kBlockUnit - 1) / kBlockUnit * kBlockUnit;
+      block = half_block(block);
     return block;
+  }
+
+  // Half a block, rounded up to whole units (dot) or panels (outer).
+  int64_t half_block(int64_t block) const {
+    const int64_t unit = dot_layout ? kBlockUnit : microkernels<T>().outer_panel;
+    return (block / 2 + unit - 1) / unit * unit;
   }
 
   // Rows that are multiplied together. Dot: they and their results stay in L2 beside the weights. Outer: as many as a
@@ -218,8 +225,10 @@ void bias_grad(const int32_t* expert_offsets, int64_t num_experts, int64_t out_f
 // [num_experts, out, in] with the memory order of the weights it belongs to.
 inline Tensor new_weight_grad(const Tensor& like, int64_t num_experts, int64_t out_features, int64_t in_features,
                               bool transposed) {
-  if (!transposed) return torch::stable::new_empty(like, {num_experts, out_features, in_features});
-  return torch::stable::transpose(torch::stable::new_empty(like, {num_experts, in_features, out_features}), 1, 2);
+  if (transposed) std::swap(out_features, in_features);
+  const Tensor grad = torch::stable::new_empty(like, {num_experts, out_features, in_features});
+  advise_huge_pages(grad.mutable_data_ptr(), grad.numel() * static_cast<int64_t>(grad.element_size()));
+  return transposed ? torch::stable::transpose(grad, 1, 2) : grad;
 }
 
 inline bool is_transposed(const Tensor& weights) { return weights.stride(1) == 1 && weights.stride(2) != 1; }

@@ -129,11 +129,16 @@ std::tuple<Tensor, Tensor> unpermute_backward_cpu(const Tensor& grad_out_in, con
     const T *grad = data<T>(grad_out), *in = data<T>(rows);
     T* out = mutable_data<T>(grad_rows);
     const int64_t grad_stride = grad_out.stride(0), row_stride = rows.stride(0);
-    int64_t num_skipped = 0;  // skipped pairs own no row; the rows past the last expert's end are theirs
+    char* owned = scratch.take<char>(num_rows);  // rows that no pair owns get gradient zero
+    fill_zero(owned, num_rows);
     for (int64_t pair = 0; pair < num_pairs; ++pair) {
-      MOE_CHECK(permuted[pair] < num_rows, "unpermute: permuted_rows must be below num_permuted=", num_rows);
-      num_skipped += permuted[pair] < 0;
+      if (permuted[pair] < 0) continue;
+      MOE_CHECK(permuted[pair] < num_rows && !owned[permuted[pair]], "unpermute: permuted_rows must be below num_permuted=",
+                num_rows, " and each its own, got ", permuted[pair], "; make the plan with plan_dispatch");
+      owned[permuted[pair]] = 1;
     }
+    for (int64_t row = 0; row < num_rows; ++row)
+      if (!owned[row]) fill_zero(out + row * hidden_size, hidden_size);
     parallel_ranges(num_tokens, rows_per_task(top_k * hidden_size * static_cast<int64_t>(sizeof(T))),
                     [&](int64_t begin, int64_t end) {
                       for (int64_t t = begin; t < end; ++t)
@@ -147,7 +152,6 @@ std::tuple<Tensor, Tensor> unpermute_backward_cpu(const Tensor& grad_out_in, con
                                                   hidden_size);
                         }
                     });
-    fill_zero(out + (num_rows - num_skipped) * hidden_size, num_skipped * hidden_size);
     write_floats(inner, grad_weights);
   });
   return {grad_rows, grad_weights};

@@ -57,7 +57,10 @@ void keep_best_groups(Acc* choice, int64_t num_experts, int64_t num_groups, int6
     }
     group_scores[group] = top2_sum && size > 1 ? first + second : first;
   }
-  const int64_t kept = largest(group_scores, num_groups, topk_groups, groups, best);
+  int64_t kept = largest(group_scores, num_groups, topk_groups, groups, best);
+  // groups at -inf (fewer than two experts left for top2_sum) fill up, lowest first
+  for (int64_t group = 0; group < num_groups && kept < topk_groups; ++group)
+    if (!(group_scores[group] > kNone)) groups[kept++] = static_cast<int32_t>(group);
   for (int64_t group = 0; group < num_groups; ++group) {
     bool keep = false;
     for (int64_t i = 0; i < kept; ++i) keep |= groups[i] == group;
@@ -118,7 +121,9 @@ std::tuple<Tensor, Tensor> route_cpu(const Tensor& logits, const std::optional<T
         if (routable) {
           microkernels<T>().scores(logits_row, num_experts, score == 1, scores);
           for (int64_t e = 0; e < num_experts; ++e)  // values becomes the choice
-            values[e] = values[e] > kNone ? scores[e] + (bias == nullptr ? Acc{0} : bias[e]) : kNone;
+            values[e] = values[e] > kNone && !(bias != nullptr && bias[e] != bias[e])
+                            ? scores[e] + (bias == nullptr ? Acc{0} : bias[e])
+                            : kNone;
           if (topk_groups < num_groups)
             keep_best_groups(values, num_experts, num_groups, topk_groups, group_score == 1, group_scores, groups, best);
           found = largest(values, num_experts, top_k, row_ids, best);

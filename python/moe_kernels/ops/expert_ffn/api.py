@@ -12,7 +12,7 @@ from moe_kernels._checks import (
     shape_error,
     value_error,
 )
-from moe_kernels._dispatch import Backend, resolve
+from moe_kernels._dispatch import Backend, autocast, autocast_enabled, resolve
 from moe_kernels.activation import Activation
 from moe_kernels.ops.expert_ffn import autograd, native, reference
 from moe_kernels.ops.grouped_gemm.api import check_bias, check_prepacked
@@ -69,8 +69,8 @@ def expert_ffn(
         autocast dtype, and so is the result, as ``F.linear`` does.
 
         Differentiable in every floating tensor argument. Saved for backward, besides the arguments themselves:
-        ``h`` [num_tokens * top_k, 2 * intermediate_size]; nothing is computed for an argument that needs no gradient,
-        and ``hidden_states`` is not kept where ``gate_up_proj`` is frozen. Backward runs once (no double backward).
+        ``h`` [num_tokens * top_k, 2 * intermediate_size]; no gradient is computed for an argument that needs none, and
+        ``hidden_states`` is not kept where ``gate_up_proj`` is frozen. Backward runs once (no double backward).
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; the message names the argument.
@@ -89,11 +89,10 @@ def expert_ffn(
         check_tensor(_OP, "down_proj", down_proj)
 
     device_type = hidden_states.device.type
-    if torch.is_autocast_enabled(device_type) and not packed:
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden_states, gate_up_proj, down_proj = (x.to(dtype) for x in (hidden_states, gate_up_proj, down_proj))
-        gate_up_bias = None if gate_up_bias is None else gate_up_bias.to(dtype)
-        down_bias = None if down_bias is None else down_bias.to(dtype)
+    if not packed and autocast_enabled(device_type):
+        hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias = autocast(
+            device_type, hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias
+        )
 
     # conditions are written out: a tuple comparison costs 0.1 us, a checking function 0.5 us, the budget is 5 us
     if hidden_states.dim() != 2:
@@ -134,7 +133,11 @@ def expert_ffn(
     if down_bias is not None:
         check_bias(_OP, "down_bias", down_bias, (num_experts, hidden_size), dtype)
     device = hidden_states.device
-    if not (topk_ids.device == topk_weights.device == gate_up_proj.device == down_proj.device == device):
+    if (
+        not (topk_ids.device == topk_weights.device == gate_up_proj.device == down_proj.device == device)
+        or (gate_up_bias is not None and gate_up_bias.device != device)
+        or (down_bias is not None and down_bias.device != device)
+    ):
         check_same_device(
             _OP,
             hidden_states=hidden_states,
@@ -142,18 +145,21 @@ def expert_ffn(
             topk_weights=topk_weights,
             gate_up_proj=gate_up_proj,
             down_proj=down_proj,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
         )
 
     arguments = (
         hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, gate_up_bias, down_bias
     )  # fmt: skip
+    chosen = resolve(_OP, backend, device_type)
     if packed:
         inputs = (hidden_states, topk_weights, gate_up_bias, down_bias)
-        check_prepacked(_OP, "gate_up_proj", gate_up_proj, 2 if activation.gated else 1, interleaved, *inputs)
-        check_prepacked(_OP, "down_proj", down_proj, 1, False)
+        check_prepacked(_OP, "gate_up_proj", gate_up_proj, chosen, 2 if activation.gated else 1, interleaved, *inputs)
+        check_prepacked(_OP, "down_proj", down_proj, chosen, 1, False)
         tensors = (hidden_states, topk_ids, topk_weights, gate_up_proj.data, down_proj.data, gate_up_bias, down_bias)
         return native.expert_ffn(*tensors, *activation.kernel_arguments(), interleaved, False)[0]
-    if resolve(_OP, backend, device_type) == "reference":
+    if chosen == "reference":
         return reference.expert_ffn(*arguments, activation, interleaved)
     if torch.is_grad_enabled() and (
         hidden_states.requires_grad

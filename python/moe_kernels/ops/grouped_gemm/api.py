@@ -11,7 +11,7 @@ from moe_kernels._checks import (
     shape_error,
     value_error,
 )
-from moe_kernels._dispatch import Backend, resolve
+from moe_kernels._dispatch import Backend, autocast, autocast_enabled, resolve
 from moe_kernels.ops.grouped_gemm import autograd, native, reference
 from moe_kernels.ops.grouped_gemm.prepacked import PrepackedWeights
 
@@ -55,10 +55,8 @@ def grouped_gemm(
     if not packed:
         check_tensor("grouped_gemm", "expert_weights", expert_weights)
     device_type = rows.device.type
-    if torch.is_autocast_enabled(device_type) and not packed:
-        dtype = torch.get_autocast_dtype(device_type)
-        rows, expert_weights = rows.to(dtype), expert_weights.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    if not packed and autocast_enabled(device_type):
+        rows, expert_weights, bias = autocast(device_type, rows, expert_weights, bias)
     if rows.dim() != 2:
         raise shape_error("grouped_gemm", "rows", "[num_permuted, in]", rows)
     if rows.dtype not in FLOAT_DTYPES:
@@ -79,10 +77,11 @@ def grouped_gemm(
         check_same_device(
             "grouped_gemm", rows=rows, expert_weights=expert_weights, expert_offsets=expert_offsets, bias=bias
         )
+    chosen = resolve("grouped_gemm", backend, device_type)
     if packed:
-        check_prepacked("grouped_gemm", "expert_weights", expert_weights, 1, False, rows, bias)
+        check_prepacked("grouped_gemm", "expert_weights", expert_weights, chosen, 1, False, rows, bias)
         return native.grouped_gemm(rows, expert_weights.data, expert_offsets, bias, out_features)
-    if resolve("grouped_gemm", backend, device_type) == "reference":
+    if chosen == "reference":
         return reference.grouped_gemm(rows, expert_weights, expert_offsets, bias)
     if torch.is_grad_enabled() and (
         rows.requires_grad or expert_weights.requires_grad or (bias is not None and bias.requires_grad)
@@ -94,10 +93,10 @@ def grouped_gemm(
 def prepack(expert_weights: Tensor, *, num_splits: int = 1, interleaved: bool = False) -> PrepackedWeights:
     """Copies expert weights into the order in which the CPU kernels of this machine read them.
 
-    The copy gives the same bits as the plain layout, a little sooner: it is read as one stream, and a transposed layout
-    is turned once instead of in each call. It is a new tensor of the size of the original (each dimension rounded up to
-    a few rows and one vector; see ``PrepackedWeights.nbytes``); the caller's tensor is left as it is. It serves one
-    instruction set: a copy made on another machine is refused.
+    The copy is read as one stream, and a transposed layout is turned once instead of in each call. For finite inputs it
+    gives the same bits as contiguous [num_experts, out, in] weights. It is a new tensor of the size of the original
+    (each dimension rounded up to a few rows and one vector; see ``PrepackedWeights.nbytes``); the caller's tensor is
+    left as it is. It serves one vector length: a copy of another layout is refused.
 
     Args:
         expert_weights: [num_experts, out, in], float32, bfloat16 or float16, any strides, on the CPU.
@@ -131,12 +130,19 @@ def check_bias(op: str, argument: str, bias: Tensor, shape: tuple[int, int], dty
 
 
 def check_prepacked(
-    op: str, argument: str, weights: PrepackedWeights, num_splits: int, interleaved: bool, *inputs: Tensor | None
+    op: str,
+    argument: str,
+    weights: PrepackedWeights,
+    backend: str,
+    num_splits: int,
+    interleaved: bool,
+    *inputs: Tensor | None,
 ) -> None:
-    """Raises where prepacked weights were made for another use, or a gradient is asked through them."""
+    """Raises where prepacked weights meet another backend or use than theirs, or a gradient is asked through them."""
+    if backend != "native":
+        raise value_error(op, argument, f"a plain tensor for backend='{backend}'", "prepacked weights")
     if weights.data.shape[1] != num_splits or weights.interleaved != interleaved:
         made = f"num_splits={weights.data.shape[1]}, interleaved={weights.interleaved}"
         raise value_error(op, argument, f"prepacked with num_splits={num_splits}, interleaved={interleaved}", made)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         raise value_error(op, argument, "a plain tensor where a gradient is needed", "prepacked weights")
-    resolve(op, "native", weights.data.device.type)

@@ -14,7 +14,7 @@ from moe_kernels._checks import (
 from moe_kernels._dispatch import Backend, resolve
 from moe_kernels.ops.route import autograd, native, reference
 
-#: position in these tuples is the code that the kernels take (csrc/ops/route/route.h)
+#: position in these tuples is the code that the kernels take (csrc/ops/route/route_cpu.cpp)
 SCORES = ("softmax", "sigmoid")
 GROUP_SCORES = ("max", "top2_sum")
 
@@ -71,8 +71,9 @@ def route(
 
     Returns:
         topk_ids [num_tokens, top_k] int32 and topk_weights [num_tokens, top_k] float32 (float64 for float64 logits).
-        An expert whose logit is -inf is never chosen; where fewer than top_k experts are left (masks, small groups) the
-        remaining picks are -1 with weight 0. A row that holds NaN or +inf is routed nowhere: all -1 with weight 0.
+        An expert whose logit is -inf, or whose bias is NaN, is never chosen; where fewer than top_k experts are left
+        (masks, small groups) the remaining picks are -1 with weight 0. A row that holds NaN or +inf is routed nowhere:
+        all -1 with weight 0.
         Weights are differentiable in ``logits``.
 
     Sources: the modeling files of transformers 5.23; DeepSeek-V3, arXiv 2412.19437 (bias and groups).
@@ -102,6 +103,7 @@ def route(
         if expert_bias.dtype not in (FLOAT_DTYPES[0], FLOAT_DTYPES[3]):
             raise dtype_error("route", "expert_bias", (FLOAT_DTYPES[0], FLOAT_DTYPES[3]), expert_bias)
         check_same_device("route", logits=logits, expert_bias=expert_bias)
+        expert_bias = expert_bias.detach()
     arguments = (
         expert_bias,
         top_k,

@@ -31,7 +31,8 @@ def route(
     scores = logits.softmax(1) if score == 0 else logits.sigmoid()
 
     choice = scores if expert_bias is None else scores + expert_bias.to(scores.dtype)
-    choice = choice.detach().masked_fill(masked, -torch.inf)
+    choice = choice.detach()
+    choice = choice.masked_fill(masked | choice.isnan(), -torch.inf)
     if topk_groups < num_groups:
         grouped = choice.view(num_tokens, num_groups, -1)
         if group_score == 0:
