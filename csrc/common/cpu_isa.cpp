@@ -1,3 +1,5 @@
+#include <unistd.h>
+
 #include <cstdlib>
 #include <stdexcept>
 
@@ -35,6 +37,14 @@ std::string chosen_isa() {
     known += (known.empty() ? "" : ", ") + isa;
   }
   throw std::runtime_error("moe_kernels: MOE_KERNELS_CPU_ISA must be one of " + known + " on this machine, got " + forced);
+}
+
+int64_t l2_bytes() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+  static const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  if (bytes > 0) return bytes;
+#endif
+  return int64_t{512} << 10;
 }
 
 }  // namespace moe

@@ -4,9 +4,13 @@
 // of each row a step; lanes are added once at the end (3 instructions a result). Compared with the outer-product form
 // the loads are as many (10 for 24 multiply-adds) and the weights' [out, in] layout needs no transposition.
 //
-// While a tile is computed the rows kPrefetchRows further down are fetched into L2 in the order of their addresses. Without
-// it the four rows of a tile are four streams within a page or two, which the hardware prefetcher follows badly when rows
-// are short (Zen 4, one core, weights from DRAM: 6 rows of x and 768 columns 58 -> 206 GFLOP/s, 2048 columns 95 -> 121).
+// While a tile is computed, weights that will be needed are fetched into L2 in the order of their addresses. One tile of
+// rows (decode) reads each weight once, so it runs ahead in its own block: without that the four rows of a tile are four
+// streams within a page or two, which the hardware prefetcher follows badly when rows are short (Zen 4, one core, weights
+// from DRAM: 6 rows of x and 768 columns 58 -> 206 GFLOP/s, 2048 columns 95 -> 121). Several tiles find their block in
+// L2 after the first, so they fetch the caller's next block instead, spread over the whole of the arithmetic. Fetching
+// their own as the first tile does would cost more than it brings (Zen 3, 96 rows, 2048 columns, weights in L2: 53 GFLOP/s
+// of 85, without 74).
 //
 // Each result is one chain of multiply-adds in rising k and one fixed tree over lanes, in every tile shape: a row's
 // result has the same bits whatever rows are computed beside it.
@@ -46,10 +50,17 @@ struct DotOperand<bf16> {
 // 24 sums fill AVX-512's 32 registers, 12 the 16 of AVX2 and SSE.
 constexpr int kDotTileM = kRegisters == 32 ? 6 : 3;
 constexpr int kDotTileN = 4;
-constexpr int64_t kPrefetchRows = 8;
+constexpr int64_t kCacheLine = 64;
 
-template <class T, int kTileM, int kTileN>
-static void dot_tile(const T* const* a, const T* b, int64_t b_row_stride, int64_t b_step_stride, const T* prefetch,
+// A walk over memory that will be read soon: `step` bytes further with every step of a tile.
+struct PrefetchWalk {
+  uintptr_t at;
+  uintptr_t step;
+};
+
+// kLines: cache lines to prefetch in each step.
+template <class T, int kTileM, int kTileN, int kLines>
+static void dot_tile(const T* const* a, const T* b, int64_t b_row_stride, int64_t b_step_stride, PrefetchWalk prefetch,
                      int64_t k, acc_t<T>* c, int64_t ldc) {
   using Operand = DotOperand<T>;
   using Reg = typename Operand::Reg;
@@ -57,14 +68,16 @@ static void dot_tile(const T* const* a, const T* b, int64_t b_row_stride, int64_
   const T* rows[kTileM];
   for (int m = 0; m < kTileM; ++m) rows[m] = a[m];
   int64_t i = 0;
-  for (; i + Operand::kStep <= k; i += Operand::kStep, b += b_step_stride) {
+  for (; i + Operand::kStep <= k; i += Operand::kStep, b += b_step_stride, prefetch.at += prefetch.step) {
     Reg x[kTileM];
 #pragma GCC unroll 8
     for (int m = 0; m < kTileM; ++m) x[m] = Operand::load_step(rows[m] + i);
 #pragma GCC unroll 8
-    for (int n = 0; n < kTileN; ++n, prefetch += Operand::kStep) {
+    for (int line = 0; line < kLines; ++line)  // into L2, not L1, which rows of x need
+      __builtin_prefetch(reinterpret_cast<const void*>(prefetch.at + line * kCacheLine), 0, 2);
+#pragma GCC unroll 8
+    for (int n = 0; n < kTileN; ++n) {
       const Reg w = Operand::load_step(b + n * b_row_stride);
-      __builtin_prefetch(prefetch, 0, 2);  // into L2, not L1, which rows of x need
 #pragma GCC unroll 8
       for (int m = 0; m < kTileM; ++m) sum[m][n] = Operand::multiply_add(sum[m][n], x[m], w);
     }
@@ -90,12 +103,12 @@ static void dot_tile(const T* const* a, const T* b, int64_t b_row_stride, int64_
   }
 }
 
-template <class T, int kTileN>
-static void dot_rows(const T* const* a, int64_t m, const DotWeights<T>& weights, int64_t column, int64_t k, acc_t<T>* c,
-                     int64_t ldc) {
+template <class T, int kTileN, int kLines>
+static void dot_rows(const T* const* a, int64_t m, const DotWeights<T>& weights, int64_t column, PrefetchWalk prefetch,
+                     int64_t k, acc_t<T>* c, int64_t ldc) {
   const auto tile = [&]<int kTileM>() {
-    dot_tile<T, kTileM, kTileN>(a, weights.row(column), weights.row_stride, weights.step_stride,
-                                weights.row(column + kPrefetchRows), k, c, ldc);
+    dot_tile<T, kTileM, kTileN, kLines>(a, weights.row(column), weights.row_stride, weights.step_stride, prefetch, k, c,
+                                        ldc);
   };
   switch (m) {
     case 1: return tile.template operator()<1>();
@@ -124,15 +137,58 @@ static bool rows_alias(const T* const* a, int64_t height) {
   return false;
 }
 
+// Bytes of weights that a step of a whole tile reads, and the cache lines they are.
+template <class T>
+constexpr int64_t kStepBytes = kDotTileN * DotOperand<T>::kStep * static_cast<int64_t>(sizeof(T));
+template <class T>
+constexpr int kStepLines = kStepBytes<T> > kCacheLine ? static_cast<int>(kStepBytes<T> / kCacheLine) : 1;
+
+// A single tile of rows: kPrefetchRows below `column`, in this block, the one after it, or the caller's next.
+constexpr int64_t kPrefetchRows = 8;
+
+template <class T>
+static PrefetchWalk walk_ahead(const DotBlock<T>* block, bool last, int64_t column, const NextWeights& next) {
+  const int64_t ahead = column + kPrefetchRows, past = ahead - (block->column + block->n);
+  if (past < 0 || (last && next.num_ranges == 0))
+    return {reinterpret_cast<uintptr_t>(block->weights.row(ahead)), kStepBytes<T>};
+  if (!last) return {reinterpret_cast<uintptr_t>(block[1].weights.row(block[1].column + past)), kStepBytes<T>};
+  const int64_t row_bytes = block->weights.row_stride * static_cast<int64_t>(sizeof(T));
+  return {next.ranges[0].begin + static_cast<uintptr_t>(past * row_bytes), kStepBytes<T>};
+}
+
+// Several tiles of rows: the caller's next weights, spread evenly over `num_tiles` tiles of `num_steps` steps.
+struct SpreadWalk {
+  NextWeights next;
+  uintptr_t tile_bytes = 0, step_bytes = 0, offset = 0;
+  int64_t range = 0;
+
+  SpreadWalk(const NextWeights& weights, int64_t num_tiles, int64_t num_steps) : next(weights) {
+    uintptr_t bytes = 0;
+    for (int64_t i = 0; i < next.num_ranges; ++i) bytes += next.ranges[i].bytes;
+    tile_bytes = bytes / static_cast<uintptr_t>(num_tiles) + 1;
+    step_bytes = tile_bytes / static_cast<uintptr_t>(num_steps > 0 ? num_steps : 1) + 1;
+  }
+  // `nothing_to_fetch`: an address that is in cache
+  PrefetchWalk tile(const void* nothing_to_fetch) {
+    while (range < next.num_ranges && offset >= next.ranges[range].bytes) offset -= next.ranges[range++].bytes;
+    if (range >= next.num_ranges) return {reinterpret_cast<uintptr_t>(nothing_to_fetch), 0};
+    const PrefetchWalk walk{next.ranges[range].begin + offset, step_bytes};
+    offset += tile_bytes;
+    return walk;
+  }
+};
+
 // See Microkernels::dot.
 template <class T>
-static void dot(const T* const* a, int64_t m, const DotBlock<T>* blocks, int64_t num_blocks, int64_t k, int64_t ldc) {
+static void dot(const T* const* a, int64_t m, const DotBlock<T>* blocks, int64_t num_blocks, int64_t k, int64_t ldc,
+                const NextWeights& next) {
   alignas(64) char copied[kCopiedBytes];
   const int64_t copied_stride = (k + 63) / 64 * 64 + 64 / static_cast<int64_t>(sizeof(T));
   int64_t columns = 0;
   for (int64_t i = 0; i < num_blocks; ++i) columns += blocks[i].n;
   // rows in tiles of nearly equal height: 32 rows are 6 + 6 + 5 + 5 + 5 + 5, not five sixes and a 2
   const int64_t num_tiles = (m + kDotTileM - 1) / kDotTileM;
+  SpreadWalk spread(next, num_tiles * ((columns + kDotTileN - 1) / kDotTileN), k / DotOperand<T>::kStep);
   for (int64_t tile = 0, row = 0; tile < num_tiles; ++tile) {
     const int64_t height = m / num_tiles + (tile < m % num_tiles);
     const T* rows[kDotTileM];
@@ -149,14 +205,24 @@ static void dot(const T* const* a, int64_t m, const DotBlock<T>* blocks, int64_t
       const DotBlock<T>& block = blocks[i];
       for (int64_t j = 0; j < block.n;) {
         const int64_t column = block.column + j;
+        const DotWeights<T>& weights = block.weights;
         acc_t<T>* sums = block.c + row * ldc + j;
-        if (block.n - j >= kDotTileN && block.weights.rows_together(column) >= kDotTileN) {
-          dot_rows<T, kDotTileN>(rows, height, block.weights, column, k, sums, ldc);
-          j += kDotTileN;
-        } else {
-          dot_rows<T, 1>(rows, height, block.weights, column, k, sums, ldc);
+        if (block.n - j < kDotTileN || weights.rows_together(column) < kDotTileN) {
+          dot_rows<T, 1, 1>(rows, height, weights, column, {reinterpret_cast<uintptr_t>(weights.row(column)), 0}, k, sums, ldc);
           ++j;
+          continue;
         }
+        if (num_tiles == 1) {
+          dot_rows<T, kDotTileN, kStepLines<T>>(rows, height, weights, column,
+                                                walk_ahead(&block, i + 1 == num_blocks, column, next), k, sums, ldc);
+        } else {
+          const PrefetchWalk walk = spread.tile(weights.row(column));
+          if (walk.step <= kCacheLine)
+            dot_rows<T, kDotTileN, 1>(rows, height, weights, column, walk, k, sums, ldc);
+          else
+            dot_rows<T, kDotTileN, kStepLines<T>>(rows, height, weights, column, walk, k, sums, ldc);
+        }
+        j += kDotTileN;
       }
     }
     row += height;

@@ -49,12 +49,22 @@ struct DotBlock {
   acc_t<T>* c;
 };
 
+// Weights that the caller will multiply next, to be fetched into L2 meanwhile. A hint.
+struct NextWeights {
+  struct Range {
+    uintptr_t begin, bytes;
+  };
+  Range ranges[4];
+  int64_t num_ranges = 0;
+};
+
 template <class T>
 struct Microkernels {
   using Acc = acc_t<T>;
 
   // All blocks for m rows; the blocks share ldc. Together, so that each tile of rows is brought to L1 once.
-  void (*dot)(const T* const* a, int64_t m, const DotBlock<T>* blocks, int64_t num_blocks, int64_t k, int64_t ldc);
+  void (*dot)(const T* const* a, int64_t m, const DotBlock<T>* blocks, int64_t num_blocks, int64_t k, int64_t ldc,
+              const NextWeights& next);
 
   // c[m, j] = sum_k a[m][k] * b[k * b_step_stride + j] for m <= max_block rows, j in [0, n), n <= max_block.
   // Columns of c up to the next multiple of `panel` are scratch.

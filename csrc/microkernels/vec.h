@@ -57,9 +57,10 @@ MOE_INLINE void store(Acc* p, Vec<Acc> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// x - 0 and not x + 0: the compiler may drop the first (-0 - 0 is -0) and then broadcasts straight from memory
 template <class Acc>
 MOE_INLINE Vec<Acc> broadcast(Acc x) {
-  return Vec<Acc>{} + x;
+  return x - Vec<Acc>{};
 }
 
 // --- scalar conversions (round to nearest even; NaN stays NaN) ---

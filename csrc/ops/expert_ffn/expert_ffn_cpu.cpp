@@ -45,6 +45,12 @@ struct Pairs {
   }
 
   int64_t num_permuted() const { return expert_offsets[num_experts]; }
+  // the first expert behind `expert` that has rows; num_experts where there is none
+  int64_t next_expert(int64_t expert) const {
+    do ++expert;
+    while (expert < num_experts && expert_offsets[expert] == expert_offsets[expert + 1]);
+    return expert;
+  }
   int64_t token(int64_t row) const { return source_pairs[row] / top_k; }
 
   // For each permuted row, its token's row of `tokens` [num_tokens, n] with contiguous rows.
@@ -98,34 +104,23 @@ void add_to_tokens(const Pairs& pairs, const ExpertMatrices<T>& matrices, const 
     Acc* sums = scratch.take<Acc>(num_tokens * n);
     Acc* c = scratch.take<Acc>(row_block * ldc);
     fill_zero(sums, num_tokens * n);
-    for (int64_t e = 0; e < pairs.num_experts; ++e) {
+    const typename ExpertMatrices<T>::Columns range[] = {{column, n, c}};
+    for (int64_t e = pairs.next_expert(-1); e < pairs.num_experts;) {
+      const int64_t next = pairs.next_expert(e), begin = pairs.expert_offsets[e], end = pairs.expert_offsets[e + 1];
+      const NextWeights next_weights = next < pairs.num_experts ? matrices.memory(next, range) : NextWeights{};
       const T* expert_bias = bias == nullptr ? nullptr : bias + e * columns + column;
-      for (int64_t row = pairs.expert_offsets[e]; row < pairs.expert_offsets[e + 1]; row += row_block) {
-        const int64_t height = std::min<int64_t>(row_block, pairs.expert_offsets[e + 1] - row);
-        matrices.multiply(e, a + row, height, {{column, n, c}}, ldc);
+      const int64_t num_parts = (end - begin + row_block - 1) / row_block;
+      for (int64_t p = 0; p < num_parts; ++p) {
+        const int64_t row = begin + p * (end - begin) / num_parts, height = begin + (p + 1) * (end - begin) / num_parts - row;
+        matrices.multiply(e, a + row, height, range, ldc, p + 1 == num_parts ? next_weights : NextWeights{});
         for (int64_t r = 0; r < height; ++r)
           microkernels<T>().accumulate(sums + pairs.token(row + r) * n, c + r * ldc, expert_bias,
                                        weights == nullptr ? Acc{1} : weights[pairs.source_pairs[row + r]], n);
       }
+      e = next;
     }
     for (int64_t t = 0; t < num_tokens; ++t)
       microkernels<T>().store_row(sums + t * n, nullptr, out + t * columns + column, n);
-  });
-}
-
-// Runs f(task, block) over (expert, rows, columns of the intermediate size).
-template <class T, class F>
-void over_intermediate(const Pairs& pairs, const ExpertMatrices<T>& matrices, int64_t intermediate_size, int64_t block,
-                       const F& f) {
-  Scratch scratch;
-  const int64_t num_tasks = expert_tasks(pairs.expert_offsets, pairs.num_experts, intermediate_size, block, nullptr);
-  ExpertTask* tasks = scratch.take<ExpertTask>(num_tasks);
-  expert_tasks(pairs.expert_offsets, pairs.num_experts, intermediate_size, block, tasks);
-  parallel_tasks(num_tasks, [&](int64_t i) {
-    const int64_t row_block = matrices.row_block();
-    for (int64_t row = tasks[i].row_begin; row < tasks[i].row_end; row += row_block)
-      f(tasks[i].expert, row, std::min<int64_t>(row_block, tasks[i].row_end - row), tasks[i].column,
-        std::min(block, intermediate_size - tasks[i].column));
   });
 }
 
@@ -191,33 +186,42 @@ std::tuple<Tensor, Tensor> expert_ffn_cpu(const Tensor& hidden_states_in, const 
     const T* bias = data_or_null<T>(gate_up_bias);
 
     const int64_t row_tasks = expert_tasks(pairs.expert_offsets, num_experts, 1, 1, nullptr);
-    const int64_t parts = gated ? 2 : 1;
     // gate and up of a block are computed together, so a block has half the columns for the same weights
     const int64_t both = gate_up.block(gate_up_size, row_tasks), block = gated ? gate_up.half_block(both) : both;
     // interleaved columns are neighbours in one product; elsewhere gate and up are two products side by side in c
     const bool paired = interleaved && !packed;
-    over_intermediate(pairs, gate_up, layout.intermediate_size, block,
-                      [&](int64_t expert, int64_t row, int64_t height, int64_t column, int64_t n) {
-                        Scratch task_scratch;
-                        const int64_t part = gate_up.ldc(paired ? 2 * n : n), ldc = paired ? part : parts * part;
-                        Acc* c = task_scratch.take<Acc>(height * ldc);
-                        if (paired)
-                          gate_up.multiply(expert, x + row, height, {{2 * column, 2 * n, c}}, ldc);
-                        else if (gated)
-                          gate_up.multiply(expert, x + row, height,
-                                           {{column, n, c}, {layout.intermediate_size + column, n, c + part}}, ldc);
-                        else
-                          gate_up.multiply(expert, x + row, height, {{column, n, c}}, ldc);
-                        const T* expert_bias = bias == nullptr ? nullptr : bias + expert * gate_up_size;
-                        for (int64_t r = row; r < row + height; ++r, c += ldc) {
-                          T* saved_row = saved_rows == nullptr ? nullptr : saved_rows + r * gate_up_size;
-                          microkernels<T>().activation_forward(
-                              activation, c, paired ? c + 1 : c + part, paired ? 2 : 1, layout.gate(expert_bias, column),
-                              layout.up(expert_bias, column), layout.stride(), n,
-                              act + r * layout.intermediate_size + column, layout.gate(saved_row, column),
-                              layout.up(saved_row, column));
-                        }
-                      });
+    using Columns = typename ExpertMatrices<T>::Columns;
+    struct GateAndUp {
+      Columns ranges[2];
+      int64_t num_ranges, ldc;
+      operator std::span<const Columns>() const { return {ranges, static_cast<size_t>(num_ranges)}; }
+    };
+    const auto gate_and_up = [&](const ExpertTask& task, Acc* c) -> GateAndUp {
+      const int64_t column = task.column, n = std::min(block, layout.intermediate_size - column);
+      const int64_t part = gate_up.ldc(paired ? 2 * n : n);
+      if (paired) return {{{2 * column, 2 * n, c}}, 1, part};
+      if (!gated) return {{{column, n, c}}, 1, part};
+      return {{{column, n, c}, {layout.intermediate_size + column, n, c == nullptr ? c : c + part}}, 2, 2 * part};
+    };
+    over_expert_tasks(
+        pairs.expert_offsets, num_experts, layout.intermediate_size, block, gate_up.row_block(),
+        [&](const ExpertTask& task, const ExpertTask* next) {
+          const int64_t height = task.row_end - task.row_begin, column = task.column;
+          const int64_t n = std::min(block, layout.intermediate_size - column);
+          Scratch task_scratch;
+          const int64_t ldc = gate_and_up(task, nullptr).ldc, up = paired ? 1 : gate_up.ldc(n);
+          Acc* c = task_scratch.take<Acc>(height * ldc);
+          gate_up.multiply(task.expert, x + task.row_begin, height, gate_and_up(task, c), ldc,
+                           next == nullptr ? NextWeights{} : gate_up.memory(next->expert, gate_and_up(*next, nullptr)));
+          const T* expert_bias = bias == nullptr ? nullptr : bias + task.expert * gate_up_size;
+          for (int64_t r = task.row_begin; r < task.row_end; ++r, c += ldc) {
+            T* saved_row = saved_rows == nullptr ? nullptr : saved_rows + r * gate_up_size;
+            microkernels<T>().activation_forward(activation, c, c + up, paired ? 2 : 1, layout.gate(expert_bias, column),
+                                                 layout.up(expert_bias, column), layout.stride(), n,
+                                                 act + r * layout.intermediate_size + column,
+                                                 layout.gate(saved_row, column), layout.up(saved_row, column));
+          }
+        });
     if (saved_rows != nullptr)
       fill_zero(saved_rows + pairs.num_permuted() * gate_up_size, (pairs.num_pairs - pairs.num_permuted()) * gate_up_size);
 
@@ -296,14 +300,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward_c
     const int64_t span = down.dot_layout ? down.kBlockUnit : down.ldc(1);
     const int64_t num_spans = (layout.intermediate_size + span - 1) / span;
     Acc* inner = scratch.take<Acc>(num_permuted * num_spans);
-    over_intermediate(
-        pairs, down, layout.intermediate_size, block,
-        [&](int64_t expert, int64_t row, int64_t height, int64_t column, int64_t n) {
+    over_expert_tasks(
+        pairs.expert_offsets, num_experts, layout.intermediate_size, block, down.row_block(),
+        [&](const ExpertTask& task, const ExpertTask*) {
+          const int64_t height = task.row_end - task.row_begin, column = task.column;
+          const int64_t n = std::min(block, layout.intermediate_size - column), ldc = down.ldc(n);
           Scratch task_scratch;
-          const int64_t ldc = down.ldc(n);
           Acc* grad_act = task_scratch.take<Acc>(height * ldc);
-          down.multiply(expert, grad_rows + row, height, {{column, n, grad_act}}, ldc);
-          for (int64_t r = row; r < row + height; ++r, grad_act += ldc) {
+          const typename ExpertMatrices<T>::Columns range[] = {{column, n, grad_act}};
+          down.multiply(task.expert, grad_rows + task.row_begin, height, range, ldc);
+          for (int64_t r = task.row_begin; r < task.row_end; ++r, grad_act += ldc) {
             const T* saved_row = saved_rows + r * gate_up_size;
             T* grad_row = grad_pre + r * gate_up_size;
             for (int64_t i = 0; i < n; i += span) {

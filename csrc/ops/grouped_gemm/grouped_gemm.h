@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <optional>
+#include <span>
 
+#include "common/cpu_isa.h"
 #include "common/dispatch.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
@@ -84,8 +86,7 @@ struct ExpertMatrices {
   static constexpr int64_t kBlockUnit = 16;
 
   // Columns of the result that one task computes: the weights they read (bytes a column: in * sizeof(T)) should stay in
-  // L2 beside the rows, and there should be tasks for every thread. (Zen 4, 1 MiB of L2, shape 2048 x 5632 x 8 experts,
-  // 2048 tokens, bf16, one thread: 160, 320, 480, 640 KiB of weights give 154, 171, 189, 179 GFLOP/s.)
+  // L2 beside the rows and the weights that are fetched for the next task, and there should be tasks for every thread.
   int64_t block(int64_t columns, int64_t other_tasks) const {
     const Microkernels<T>& kernels = microkernels<T>();
     const int64_t wanted_tasks = 4 * num_threads();
@@ -95,13 +96,15 @@ struct ExpertMatrices {
         block = half_block(block);
       return block;
     }
-    constexpr int64_t kWeightBytes = int64_t{480} << 10;
-    const int64_t fits = kWeightBytes / std::max<int64_t>(1, in * static_cast<int64_t>(sizeof(T)));
+    const int64_t fits = l2_bytes() * kWeightShare / 16 / std::max<int64_t>(1, in * static_cast<int64_t>(sizeof(T)));
     int64_t block = std::clamp<int64_t>(fits / kBlockUnit * kBlockUnit, kBlockUnit, 256);
     while (block > kBlockUnit && (columns + block - 1) / block * other_tasks < wanted_tasks)
       block = half_block(block);
     return block;
   }
+  // In sixteenths of L2. (Zen 4, 1 MiB of L2, shape 2048 x 5632 x 8 experts, 2048 tokens, bf16, one thread: 2.5, 5, 7.5,
+  // 10 sixteenths give 154, 171, 189, 179 GFLOP/s.)
+  static constexpr int64_t kWeightShare = 7;
 
   // Half a block, rounded up to whole units (dot) or panels (outer).
   int64_t half_block(int64_t block) const {
@@ -126,29 +129,49 @@ struct ExpertMatrices {
   };
 
   // c[r, j] = sum_i a[r][i] * W[expert][column + j][i] for num_rows rows (at most row_block()), j in [0, n), for each of
-  // at most two ranges of columns (gate and up).
-  void multiply(int64_t expert, const T* const* a, int64_t num_rows, std::initializer_list<Columns> ranges,
-                int64_t ldc) const {
-    const T* w = data + expert * expert_stride;
+  // at most two ranges of columns (gate and up). `next`: memory() of what the same thread will probably multiply next.
+  void multiply(int64_t expert, const T* const* a, int64_t num_rows, std::span<const Columns> ranges, int64_t ldc,
+                const NextWeights& next = {}) const {
     if (!dot_layout) {
       Scratch scratch;
       void* packed = scratch.take<char>(microkernels<T>().outer_scratch_bytes);
       for (const Columns& range : ranges)
-        microkernels<T>().outer(a, num_rows, w + range.column, row_stride, range.n, in, range.c, ldc, packed);
+        microkernels<T>().outer(a, num_rows, data + expert * expert_stride + range.column, row_stride, range.n, in, range.c,
+                                ldc, packed);
       return;
     }
     DotBlock<T> blocks[4];
-    int64_t num_blocks = 0;
+    microkernels<T>().dot(a, num_rows, blocks, dot_blocks(expert, ranges, blocks), in, ldc, next);
+  }
+
+  // Where the weights of these columns lie (dot only).
+  NextWeights memory(int64_t expert, std::span<const Columns> ranges) const {
+    NextWeights next;
+    if (!dot_layout) return next;
+    DotBlock<T> blocks[4];
+    next.num_ranges = dot_blocks(expert, ranges, blocks);
+    for (int64_t i = 0; i < next.num_ranges; ++i) {
+      const auto at = [&](int64_t column) { return reinterpret_cast<uintptr_t>(blocks[i].weights.row(column)); };
+      next.ranges[i] = {at(blocks[i].column), at(blocks[i].column + blocks[i].n) - at(blocks[i].column)};
+    }
+    return next;
+  }
+
+ private:
+  // The blocks that make up the ranges: a range may straddle gate and up where they were packed apart.
+  int64_t dot_blocks(int64_t expert, std::span<const Columns> ranges, DotBlock<T>* blocks) const {
     const int64_t split_size = num_splits == 1 ? kPlain : out / num_splits;
+    int64_t num_blocks = 0;
     for (Columns range : ranges)
-      while (range.n > 0) {  // a range may straddle gate and up where they were packed apart
+      while (range.n > 0) {
         const int64_t split = range.column / split_size, at = range.column - split * split_size;
         const int64_t here = std::min(range.n, split_size - at);
         blocks[num_blocks++] = {
-            {w + split * split_stride, row_stride, step_stride, panel_rows, panel_stride}, at, here, range.c};
+            {data + expert * expert_stride + split * split_stride, row_stride, step_stride, panel_rows, panel_stride},
+            at, here, range.c};
         range = {range.column + here, range.n - here, range.c + here};
       }
-    microkernels<T>().dot(a, num_rows, blocks, num_blocks, in, ldc);
+    return num_blocks;
   }
 };
 
@@ -173,6 +196,26 @@ inline int64_t expert_tasks(const int32_t* expert_offsets, int64_t num_experts, 
           tasks[count] = {static_cast<int32_t>(e), static_cast<int32_t>(row),
                           static_cast<int32_t>(std::min<int64_t>(expert_offsets[e + 1], row + kRowsPerTask)), column};
   return count;
+}
+
+// Runs f(part, next) over (expert, rows, columns [column, column + block)), where a part is a task's rows, at most
+// row_block of them. `next` is the task that the same thread will probably take next; null where that is not near.
+template <class F>
+void over_expert_tasks(const int32_t* expert_offsets, int64_t num_experts, int64_t columns, int64_t block,
+                       int64_t row_block, const F& f) {
+  Scratch scratch;
+  const int64_t num_tasks = expert_tasks(expert_offsets, num_experts, columns, block, nullptr);
+  ExpertTask* tasks = scratch.take<ExpertTask>(num_tasks);
+  expert_tasks(expert_offsets, num_experts, columns, block, tasks);
+  parallel_tasks(num_tasks, [&](int64_t i) {
+    ExpertTask part = tasks[i];
+    const int64_t num_rows = part.row_end - part.row_begin, num_parts = (num_rows + row_block - 1) / row_block;
+    for (int64_t p = 0; p < num_parts; ++p) {  // of nearly equal height
+      part.row_begin = tasks[i].row_begin + static_cast<int32_t>(p * num_rows / num_parts);
+      part.row_end = tasks[i].row_begin + static_cast<int32_t>((p + 1) * num_rows / num_parts);
+      f(part, p + 1 == num_parts && i + num_threads() < num_tasks ? tasks + i + num_threads() : nullptr);
+    }
+  });
 }
 
 inline void check_offsets(const char* op, const int32_t* offsets, int64_t num_experts, int64_t num_rows) {

@@ -38,24 +38,26 @@ Tensor grouped_gemm_cpu(const Tensor& rows_in, const Tensor& expert_weights, con
     const T* const* a = row_pointers<T>(scratch, rows);
     const int64_t row_tasks = expert_tasks(offset, num_experts, 1, 1, nullptr);
     const int64_t block = weights.block(out_features, row_tasks);
-    const int64_t num_tasks = expert_tasks(offset, num_experts, out_features, block, nullptr);
-    ExpertTask* tasks = scratch.take<ExpertTask>(num_tasks);
-    expert_tasks(offset, num_experts, out_features, block, tasks);
     T* result = mutable_data<T>(out);
-    parallel_tasks(num_tasks, [&](int64_t i) {
-      const ExpertTask& task = tasks[i];
-      const int64_t n = std::min(block, out_features - task.column), ldc = weights.ldc(n);
-      const T* expert_bias = bias ? data<T>(*bias) + task.expert * out_features + task.column : nullptr;
-      const int64_t row_block = weights.row_block();
-      Scratch task_scratch;
-      acc_t<T>* c = task_scratch.take<acc_t<T>>(row_block * ldc);
-      for (int64_t row = task.row_begin; row < task.row_end; row += row_block) {
-        const int64_t height = std::min<int64_t>(row_block, task.row_end - row);
-        weights.multiply(task.expert, a + row, height, {{task.column, n, c}}, ldc);
-        for (int64_t r = 0; r < height; ++r)
-          microkernels<T>().store_row(c + r * ldc, expert_bias, result + (row + r) * out_features + task.column, n);
-      }
-    });
+    using Columns = typename ExpertMatrices<T>::Columns;
+    const auto width = [&](const ExpertTask& task) { return std::min(block, out_features - task.column); };
+    over_expert_tasks(
+        offset, num_experts, out_features, block, weights.row_block(), [&](const ExpertTask& part, const ExpertTask* next) {
+          const int64_t n = width(part), ldc = weights.ldc(n), height = part.row_end - part.row_begin;
+          Scratch task_scratch;
+          acc_t<T>* c = task_scratch.take<acc_t<T>>(height * ldc);
+          const Columns columns[] = {{part.column, n, c}};
+          NextWeights next_weights;
+          if (next != nullptr) {
+            const Columns next_columns[] = {{next->column, width(*next), nullptr}};
+            next_weights = weights.memory(next->expert, next_columns);
+          }
+          weights.multiply(part.expert, a + part.row_begin, height, columns, ldc, next_weights);
+          const T* expert_bias = bias ? data<T>(*bias) + part.expert * out_features + part.column : nullptr;
+          for (int64_t r = 0; r < height; ++r)
+            microkernels<T>().store_row(c + r * ldc, expert_bias,
+                                        result + (part.row_begin + r) * out_features + part.column, n);
+        });
     fill_zero(result + offset[num_experts] * out_features, (num_rows - offset[num_experts]) * out_features);
   });
   return out;
