@@ -16,8 +16,7 @@
 // result has the same bits whatever rows are computed beside it.
 #pragma once
 
-#include "microkernels/table.h"
-#include "microkernels/vec.h"
+#include "microkernels/tile.h"
 
 namespace moe::MOE_ISA {
 
@@ -47,10 +46,9 @@ struct DotOperand<bf16> {
 };
 #endif
 
-// 24 sums fill AVX-512's 32 registers, 12 the 16 of AVX2 and SSE.
-constexpr int kDotTileM = kRegisters == 32 ? 6 : 3;
+// 24 sums fill AVX-512's 32 registers
+constexpr int kDotTileM = 6;
 constexpr int kDotTileN = 4;
-constexpr int64_t kCacheLine = 64;
 
 // A walk over memory that will be read soon: `step` bytes further with every step of a tile.
 struct PrefetchWalk {
@@ -114,11 +112,9 @@ static void dot_rows(const T* const* a, int64_t m, const DotWeights<T>& weights,
     case 1: return tile.template operator()<1>();
     case 2: return tile.template operator()<2>();
     case 3: return tile.template operator()<3>();
-#if defined(__AVX512F__)
     case 4: return tile.template operator()<4>();
     case 5: return tile.template operator()<5>();
     case 6: return tile.template operator()<6>();
-#endif
   }
 }
 
@@ -181,7 +177,7 @@ struct SpreadWalk {
 // See Microkernels::dot.
 template <class T>
 static void dot(const T* const* a, int64_t m, const DotBlock<T>* blocks, int64_t num_blocks, int64_t k, int64_t ldc,
-                const NextWeights& next) {
+                const NextWeights& next, void*) {
   alignas(64) char copied[kCopiedBytes];
   const int64_t copied_stride = (k + 63) / 64 * 64 + 64 / static_cast<int64_t>(sizeof(T));
   int64_t columns = 0;

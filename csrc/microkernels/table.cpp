@@ -1,9 +1,14 @@
 // The microkernels of one instruction set, MOE_ISA. Compiled once for each, with that set's compiler flags.
 #include "microkernels/table.h"
 
+#if defined(__AVX512F__)
 #include "microkernels/dot.h"
+#else
+#include "microkernels/dot_panels.h"
+#endif
 #include "microkernels/elementwise.h"
 #include "microkernels/outer.h"
+#include "microkernels/weight_grad.h"
 
 namespace moe::MOE_ISA {
 
@@ -22,11 +27,21 @@ static constexpr Microkernels<T> make() {
       .scale = scale<T>,
       .inner_product = inner_product<T>,
       .scores = scores<T>,
+#if defined(__AVX512F__)
       .dot_step = DotOperand<T>::kStep,
       .dot_panel_rows = kDotTileN,
+#else
+      .dot_step = 1,
+      .dot_panel_rows = kPanel<T>,
+#endif
       .outer_panel = kPanel<T>,
       .outer_max_block = kMaxOuterBlock,
-      .outer_scratch_bytes = kOuterScratchBytes<T>,
+#if defined(__AVX512F__)
+      .dot_packs = false,
+#else
+      .dot_packs = true,
+#endif
+      .scratch_bytes = kScratchBytes<T>,
   };
 }
 

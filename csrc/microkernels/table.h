@@ -41,6 +41,8 @@ struct DotWeights {
   __attribute__((always_inline)) int64_t rows_together(int64_t n) const { return panel_rows - n % panel_rows; }
 };
 
+constexpr int kMaxDotBlocks = 4;
+
 // n columns of the result: c[m, j] = sum_k a[m][k] * weights.row(column + j)[k]
 template <class T>
 struct DotBlock {
@@ -64,7 +66,7 @@ struct Microkernels {
 
   // All blocks for m rows; the blocks share ldc. Together, so that each tile of rows is brought to L1 once.
   void (*dot)(const T* const* a, int64_t m, const DotBlock<T>* blocks, int64_t num_blocks, int64_t k, int64_t ldc,
-              const NextWeights& next);
+              const NextWeights& next, void* scratch);
 
   // c[m, j] = sum_k a[m][k] * b[k * b_step_stride + j] for m <= max_block rows, j in [0, n), n <= max_block.
   // Columns of c up to the next multiple of `panel` are scratch.
@@ -72,8 +74,9 @@ struct Microkernels {
                 int64_t ldc, void* scratch);
 
   // out[i, j] = sum_r a[r][a_column + i] * b[r][b_column + j] over m rows, i in [0, an), j in [0, bn); an, bn <= max_block
+  // stream: out is larger than the caches, so whole lines may be stored past them
   void (*weight_grad)(const T* const* a, int64_t a_column, int64_t an, const T* const* b, int64_t b_column, int64_t bn,
-                      int64_t m, T* out, int64_t out_row_stride, void* scratch);
+                      int64_t m, T* out, int64_t out_row_stride, bool stream, void* scratch);
 
   // The activation of one row: act[i] = activation(gate + bias, up + bias) for i in [0, n).
   // Element i of gate and up is at [i * sum_stride], that of the biases and of what is saved at [i * stride].
@@ -106,7 +109,8 @@ struct Microkernels {
   int64_t dot_panel_rows;   // rows of one packed panel
   int64_t outer_panel;      // columns that outer computes together
   int64_t outer_max_block;  // the most rows and columns of one call of outer and weight_grad
-  int64_t outer_scratch_bytes;
+  bool dot_packs;           // dot turns its weights into panels: a block of columns need not fit L2, wide ones save work
+  int64_t scratch_bytes;    // of dot, outer and weight_grad
 };
 
 struct MicrokernelTable {

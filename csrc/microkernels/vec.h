@@ -199,6 +199,46 @@ MOE_INLINE void store_converted(T* p, Vec<acc_t<T>> v) {
   }
 }
 
+// Whether whole cache lines of T can be stored past the caches.
+#if defined(__AVX512F__)
+template <class T>
+constexpr bool kCanStream = true;
+#elif defined(__AVX2__)
+template <class T>
+constexpr bool kCanStream = sizeof(T) == sizeof(acc_t<T>);
+#else
+template <class T>
+constexpr bool kCanStream = false;
+#endif
+
+// store_converted past the caches; p aligned to the bytes that are stored. stream_fence() before anyone else reads them.
+template <class T>
+MOE_INLINE void stream_converted(T* p, Vec<acc_t<T>> v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)v);
+  } else {
+    T half[kLanes<acc_t<T>>];
+    store_converted(half, v);
+    __m256i bits;
+    std::memcpy(&bits, half, sizeof bits);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), bits);
+  }
+#elif defined(__AVX2__)
+  if constexpr (kCanStream<T>)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)v);
+  else
+    store_converted(p, v);
+#else
+  store_converted(p, v);
+#endif
+}
+MOE_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
 // out[0, n) = in[0, n), converted
 template <class T>
 MOE_INLINE void convert(const T* in, acc_t<T>* out, int64_t n) {

@@ -153,10 +153,13 @@ std::tuple<Tensor, Tensor> expert_ffn_cpu(const Tensor& hidden_states_in, const 
             kOp, ": weights and biases must have the dtype of hidden_states");
   MOE_CHECK(down_proj.size(0) == num_experts && (down_proj.dim() == 6) == packed, kOp,
             ": gate_up_proj and down_proj must both be plain or both prepacked, for as many experts");
-  // prepacked matrices do not tell their unpadded size: the biases do, and without them the padding is harmless: zeros,
-  // unless the input is infinite
-  int64_t gate_up_size = packed ? gate_up_proj.size(1) * gate_up_proj.size(2) * gate_up_proj.size(4) : gate_up_proj.size(1);
-  if (packed && gate_up_bias) gate_up_size = gate_up_bias->size(1);
+  int64_t gate_up_size = gate_up_proj.size(1);
+  if (packed) {
+    // prepacked matrices tell only their padded size, in whole panels of rows and whole steps; the biases tell more, and
+    // without them the padding is harmless: zeros, unless the input is infinite
+    const int64_t rows = gate_up_proj.size(2) * gate_up_proj.size(4), steps = down_proj.size(3) * down_proj.size(5);
+    gate_up_size = gate_up_bias ? gate_up_bias->size(1) : gate_up_proj.size(1) * std::min(rows, steps);
+  }
   const GateUp layout{gated ? gate_up_size / 2 : gate_up_size, gated, interleaved};
   MOE_CHECK(layout.size() == gate_up_size && !(packed && save_pre_activation) && (gated || !interleaved) && kind >= 0 &&
                 kind <= 4 &&

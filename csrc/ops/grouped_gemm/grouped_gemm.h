@@ -89,17 +89,18 @@ struct ExpertMatrices {
   // L2 beside the rows and the weights that are fetched for the next task, and there should be tasks for every thread.
   int64_t block(int64_t columns, int64_t other_tasks) const {
     const Microkernels<T>& kernels = microkernels<T>();
-    const int64_t wanted_tasks = 4 * num_threads();
-    if (!dot_layout) {
-      int64_t block = kernels.outer_max_block;
-      while (block > kernels.outer_panel && (columns + block - 1) / block * other_tasks < wanted_tasks)
-        block = half_block(block);
-      return block;
+    int64_t block = kernels.outer_max_block, smallest = std::max(kBlockUnit, kernels.outer_panel);
+    if (dot_layout && !kernels.dot_packs) {
+      const int64_t fits = l2_bytes() * kWeightShare / 16 / std::max<int64_t>(1, in * static_cast<int64_t>(sizeof(T)));
+      block = std::clamp<int64_t>(fits / kBlockUnit * kBlockUnit, kBlockUnit, block);
+      smallest = kBlockUnit;
     }
-    const int64_t fits = l2_bytes() * kWeightShare / 16 / std::max<int64_t>(1, in * static_cast<int64_t>(sizeof(T)));
-    int64_t block = std::clamp<int64_t>(fits / kBlockUnit * kBlockUnit, kBlockUnit, 256);
-    while (block > kBlockUnit && (columns + block - 1) / block * other_tasks < wanted_tasks)
-      block = half_block(block);
+    const auto split = [&](int64_t down_to, int64_t wanted_tasks) {
+      while (block > down_to && (columns + block - 1) / block * other_tasks < wanted_tasks) block = half_block(block);
+    };
+    // packing is repaid by 64 columns already; many tasks even out threads that other work holds up
+    if (!dot_layout || kernels.dot_packs) split(64, 16 * num_threads());
+    split(smallest, 4 * num_threads());
     return block;
   }
   // In sixteenths of L2. (Zen 4, 1 MiB of L2, shape 2048 x 5632 x 8 experts, 2048 tokens, bf16, one thread: 2.5, 5, 7.5,
@@ -108,7 +109,7 @@ struct ExpertMatrices {
 
   // Half a block, rounded up to whole units (dot) or panels (outer).
   int64_t half_block(int64_t block) const {
-    const int64_t unit = dot_layout ? kBlockUnit : microkernels<T>().outer_panel;
+    const int64_t unit = dot_layout ? kBlockUnit : std::max(kBlockUnit, microkernels<T>().outer_panel);
     return (block / 2 + unit - 1) / unit * unit;
   }
 
@@ -132,23 +133,23 @@ struct ExpertMatrices {
   // at most two ranges of columns (gate and up). `next`: memory() of what the same thread will probably multiply next.
   void multiply(int64_t expert, const T* const* a, int64_t num_rows, std::span<const Columns> ranges, int64_t ldc,
                 const NextWeights& next = {}) const {
+    Scratch scratch;
+    void* packed = scratch.take<char>(microkernels<T>().scratch_bytes);
     if (!dot_layout) {
-      Scratch scratch;
-      void* packed = scratch.take<char>(microkernels<T>().outer_scratch_bytes);
       for (const Columns& range : ranges)
         microkernels<T>().outer(a, num_rows, data + expert * expert_stride + range.column, row_stride, range.n, in, range.c,
                                 ldc, packed);
       return;
     }
-    DotBlock<T> blocks[4];
-    microkernels<T>().dot(a, num_rows, blocks, dot_blocks(expert, ranges, blocks), in, ldc, next);
+    DotBlock<T> blocks[kMaxDotBlocks];
+    microkernels<T>().dot(a, num_rows, blocks, dot_blocks(expert, ranges, blocks), in, ldc, next, packed);
   }
 
   // Where the weights of these columns lie (dot only).
   NextWeights memory(int64_t expert, std::span<const Columns> ranges) const {
     NextWeights next;
     if (!dot_layout) return next;
-    DotBlock<T> blocks[4];
+    DotBlock<T> blocks[kMaxDotBlocks];
     next.num_ranges = dot_blocks(expert, ranges, blocks);
     for (int64_t i = 0; i < next.num_ranges; ++i) {
       const auto at = [&](int64_t column) { return reinterpret_cast<uintptr_t>(blocks[i].weights.row(column)); };
@@ -238,16 +239,18 @@ void weight_grad(const int32_t* expert_offsets, int64_t num_experts, int64_t out
     std::swap(grad_rows, input_rows);
   }
   const int64_t block = kernels.outer_max_block;
+  // a gradient that no cache holds
+  const bool stream = num_experts * out_features * in_features * static_cast<int64_t>(sizeof(T)) > (int64_t{64} << 20);
   const int64_t blocks_out = (out_features + block - 1) / block, blocks_in = (in_features + block - 1) / block;
   parallel_tasks(num_experts * blocks_out * blocks_in, [&](int64_t task) {
     const int64_t expert = task / (blocks_out * blocks_in);
     const int64_t i = task / blocks_in % blocks_out * block, j = task % blocks_in * block;
     const int64_t begin = expert_offsets[expert], num_rows = expert_offsets[expert + 1] - begin;
     Scratch scratch;
-    void* packed = scratch.take<char>(kernels.outer_scratch_bytes);
+    void* packed = scratch.take<char>(kernels.scratch_bytes);
     kernels.weight_grad(grad_rows + begin, i, std::min(block, out_features - i), input_rows + begin, j,
                         std::min(block, in_features - j), num_rows,
-                        grad_weights + (expert * out_features + i) * in_features + j, in_features, packed);
+                        grad_weights + (expert * out_features + i) * in_features + j, in_features, stream, packed);
   });
 }
 
