@@ -58,9 +58,10 @@ constexpr int64_t kLineSteps = kCacheLine / static_cast<int64_t>(sizeof(T));
 template <class T>
 struct RowMajor {
   using Panel = acc_t<T>;
+  static constexpr int kPanels = 1;
   DotWeights<T> weights;
 
-  const Panel* panel(int64_t column, int64_t width, int64_t k0, int64_t depth, Panel* out) const {
+  const Panel* panels(int64_t column, int64_t width, int64_t k0, int64_t depth, Panel* out) const {
     constexpr int kN = kLanes<Panel>;
     const T* rows = weights.row(column) + k0;
     for (int64_t line = 0; line < depth; line += kLineSteps<T>)
@@ -75,22 +76,25 @@ struct RowMajor {
         }
     return out;
   }
-  Fetch fetch(int64_t column, int64_t k0) const {
-    return {reinterpret_cast<uintptr_t>(weights.row(column)) + static_cast<uintptr_t>(k0) * sizeof(T),
-            weights.row_stride * static_cast<int64_t>(sizeof(T)), kPanel<T>, kCacheLine};
+  Fetch fetch(int64_t column, int64_t width, int64_t k0, int64_t depth) const {
+    const int64_t lines = ceil_div(depth, kLineSteps<T>);
+    return {reinterpret_cast<uintptr_t>(weights.row(column) + k0), lines,
+            weights.row_stride * static_cast<int64_t>(sizeof(T)), 0, width * lines};
   }
 };
 
 template <class T>
 struct Prepacked {
   using Panel = T;
+  static constexpr int kPanels = 1;
   DotWeights<T> weights;
 
-  const T* panel(int64_t column, int64_t, int64_t k0, int64_t, acc_t<T>*) const {
+  const T* panels(int64_t column, int64_t, int64_t k0, int64_t, acc_t<T>*) const {
     return weights.row(column) + k0 * kPanel<T>;
   }
-  Fetch fetch(int64_t column, int64_t k0) const {
-    return {reinterpret_cast<uintptr_t>(panel(column, 0, k0, 0, nullptr)), kCacheLine, kPanel<T>, kPanel<T> * kCacheLine};
+  Fetch fetch(int64_t column, int64_t, int64_t k0, int64_t depth) const {
+    const int64_t lines = ceil_div(depth * kPanel<T>, kLineSteps<T>);
+    return {reinterpret_cast<uintptr_t>(weights.row(column) + k0 * kPanel<T>), lines, 0, 0, lines};
   }
 };
 
@@ -98,7 +102,7 @@ struct Prepacked {
 template <class T>
 struct ConvertedPrepacked : Prepacked<T> {
   using Panel = acc_t<T>;
-  const Panel* panel(int64_t column, int64_t, int64_t k0, int64_t depth, Panel* out) const {
+  const Panel* panels(int64_t column, int64_t, int64_t k0, int64_t depth, Panel* out) const {
     convert(this->weights.row(column) + k0 * kPanel<T>, out, depth * kPanel<T>);
     return out;
   }
@@ -230,7 +234,7 @@ static void dot_from(const T* const* a, int64_t m, const DotBlock<T>* blocks, in
     panels[i] = {Source{{blocks[i].weights}}, blocks[i].column, blocks[i].n, blocks[i].c};
   Fetch after;
   if (next.num_ranges > 0) {
-    after = panels[0].source.fetch(panels[0].column, 0);
+    after = panels[0].source.fetch(panels[0].column, kPanel<T>, 0, k < kChunk ? k : kChunk);
     after.begin = next.ranges[0].begin;
   }
   multiply_panels<T>(a, m, panels, num_blocks, k, ldc, after, scratch);

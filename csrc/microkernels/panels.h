@@ -1,5 +1,5 @@
 // Rows of x times panels of weights, whatever the weights' layout: each source turns its memory into panels of kPanel
-// columns, a chunk of kChunk steps at a time, just before the panel's tiles run, so that the panel is still in L1.
+// columns, a chunk of kChunk steps and kPanels panels at a time, just before their tiles run: they are still in L1 or L2.
 //
 // Turning costs about 0.3 cycles a weight and each row of x brings kPanel / 16 multiply-adds of 16 lanes to it, so a few
 // rows repay it. Rows of x are packed beside each other: where they lie a multiple of 4 KiB apart they would meet in the
@@ -9,6 +9,10 @@
 #include "microkernels/tile.h"
 
 namespace moe::MOE_ISA {
+
+// From one packed step of a weight gradient's left operand to the next: not a power of two, since a tile reads one cache
+// line of each step and they must not meet in the same sets of L1.
+constexpr int64_t kPackedStride = kMaxOuterBlock + 16;
 
 // Rows [0, num_rows) of a packed beside each other, `a_stride` apart.
 template <class T>
@@ -37,18 +41,26 @@ static void pack_columns(const RowAt& row_at, int64_t num_rows, int64_t width, i
 template <class T>
 struct StepMajor {
   using Panel = typename OuterOperand<T>::Packed;
+  // Packed together, so that each step is read in runs of 512 bytes or more: one panel's 64 bytes a page are the worst
+  // that can be asked of DRAM and of the TLB.
+  static constexpr int kPanels = kPanel<T> < 64 ? 8 : 4;
   const T* b;
   int64_t step_stride;
 
-  const Panel* panel(int64_t column, int64_t width, int64_t k0, int64_t depth, Panel* scratch) const {
-    pack_columns<T>([&](int64_t step) { return b + (k0 + step) * step_stride + column; }, depth, width, kPanel<T>,
-                    kPanel<T>, scratch);
-    return scratch;
+  const Panel* panels(int64_t column, int64_t width, int64_t k0, int64_t depth, Panel* out) const {
+    constexpr int kDepth = OuterOperand<T>::kDepth;
+    const int64_t panel_size = ceil_div(depth, kDepth) * kPanel<T>;
+    for (int64_t step = 0; step < depth; step += kDepth)
+      for (int64_t j = 0; j < width; j += kPanel<T>)
+        pack_columns<T>([&](int64_t i) { return b + (k0 + step + i) * step_stride + column + j; },
+                        depth - step < kDepth ? depth - step : kDepth, width - j < kPanel<T> ? width - j : kPanel<T>,
+                        kPanel<T>, 0, out + j / kPanel<T> * panel_size + step / kDepth * kPanel<T>);
+    return out;
   }
-  Fetch fetch(int64_t column, int64_t k0) const {
-    constexpr int64_t kSteps = kFetchSteps<T> * OuterOperand<T>::kDepth;
+  Fetch fetch(int64_t column, int64_t width, int64_t k0, int64_t depth) const {
+    const int64_t lines = ceil_div(width * static_cast<int64_t>(sizeof(T)), kCacheLine);
     const int64_t bytes = step_stride * static_cast<int64_t>(sizeof(T));
-    return {reinterpret_cast<uintptr_t>(b + column) + static_cast<uintptr_t>(k0 * bytes), bytes, kSteps, kSteps * bytes};
+    return {reinterpret_cast<uintptr_t>(b + column) + static_cast<uintptr_t>(k0 * bytes), lines, bytes, 0, lines * depth};
   }
 };
 
@@ -60,31 +72,40 @@ struct PanelBlock {
   acc_t<T>* c;
 };
 
-// c[m, j] = sum_k a[m][k] * b[k][column + j] for all blocks. `after` is fetched during the last panel.
+// c[m, j] = sum_k a[m][k] * b[k][column + j] for all blocks. `after` is fetched at the end.
 template <class T, class Source>
 static void multiply_panels(const T* const* a, int64_t m, const PanelBlock<T, Source>* blocks, int64_t num_blocks, int64_t k,
                             int64_t ldc, const Fetch& after, void* scratch) {
   using Packed = typename OuterOperand<T>::Packed;
-  constexpr int64_t kSteps = kChunk / OuterOperand<T>::kDepth;
+  constexpr int64_t kSteps = kChunk / OuterOperand<T>::kDepth, kGroup = Source::kPanels * kPanel<T>;
+  const auto at_most = [](int64_t x, int64_t limit) { return x < limit ? x : limit; };
   Packed* packed_a = static_cast<Packed*>(scratch);
-  Packed* panel_scratch = packed_a + kSteps * kMaxOuterBlock;
+  Packed* panel_scratch = packed_a + kSteps * kPackedStride;
   for (int64_t k0 = 0; k0 < k; k0 += kChunk) {
-    const int64_t depth = k - k0 < kChunk ? k - k0 : kChunk, steps = ceil_div(depth, OuterOperand<T>::kDepth);
+    const int64_t depth = at_most(k - k0, kChunk), steps = ceil_div(depth, OuterOperand<T>::kDepth);
     pack_rows<T>(a, m, k0, depth, packed_a, kSteps);
     for (int64_t i = 0; i < num_blocks; ++i) {
       const PanelBlock<T, Source>& block = blocks[i];
-      for (int64_t j = 0; j < block.n; j += kPanel<T>) {
+      for (int64_t group = 0; group < block.n; group += kGroup) {
+        const int64_t width = at_most(block.n - group, kGroup), next = group + kGroup;
         Fetch fetch = after;
-        if (j + kPanel<T> < block.n)
-          fetch = block.source.fetch(block.column + j + kPanel<T>, k0);
+        if (next < block.n)
+          fetch = block.source.fetch(block.column + next, at_most(block.n - next, kGroup), k0, depth);
         else if (i + 1 < num_blocks)
-          fetch = blocks[i + 1].source.fetch(blocks[i + 1].column, k0);
+          fetch = blocks[i + 1].source.fetch(blocks[i + 1].column, at_most(blocks[i + 1].n, kGroup), k0, depth);
         else if (k0 + kChunk < k)
-          fetch = blocks[0].source.fetch(blocks[0].column, k0 + kChunk);
-        const int64_t width = block.n - j < kPanel<T> ? block.n - j : kPanel<T>;
-        const auto* panel = block.source.panel(block.column + j, width, k0, depth, panel_scratch);
-        const TileResult<T> result{.sums = block.c + j, .sums_stride = ldc, .width = width, .first = k0 == 0};
-        outer_rows<T>(packed_a, kSteps, 1, m, panel, steps, result, fetch);
+          fetch = blocks[0].source.fetch(blocks[0].column, at_most(blocks[0].n, kGroup), k0 + kChunk,
+                                         at_most(k - k0 - kChunk, kChunk));
+        const auto* panels = block.source.panels(block.column + group, width, k0, depth, panel_scratch);
+        const int64_t num_panels = ceil_div(width, kPanel<T>);
+        for (int64_t p = 0; p < num_panels; ++p) {
+          const int64_t j = p * kPanel<T>;
+          const TileResult<T> result{.sums = block.c + group + j,
+                                     .sums_stride = ldc,
+                                     .width = at_most(width - j, kPanel<T>),
+                                     .first = k0 == 0};
+          outer_rows<T>(packed_a, kSteps, 1, m, panels + j * steps, steps, result, fetch.part(p, num_panels));
+        }
       }
     }
   }
@@ -96,10 +117,10 @@ static void fill_zero_rows(acc_t<T>* c, int64_t m, int64_t n, int64_t ldc) {
     std::memset(static_cast<void*>(c + row * ldc), 0, static_cast<size_t>(n) * sizeof *c);
 }
 
-// One chunk of packed rows, one panel (or, for a weight gradient, a chunk of panels), and a block of sums.
+// One chunk of packed rows, panels or a chunk of the other operand, and a block of sums.
 template <class T>
 constexpr int64_t kScratchBytes =
-    2 * kChunk / OuterOperand<T>::kDepth * kMaxOuterBlock * sizeof(typename OuterOperand<T>::Packed) +
+    2 * kChunk / OuterOperand<T>::kDepth * kPackedStride * sizeof(typename OuterOperand<T>::Packed) +
     kMaxOuterBlock * kMaxOuterBlock * sizeof(acc_t<T>);
 
 }  // namespace moe::MOE_ISA

@@ -90,21 +90,21 @@ constexpr int64_t kCacheLine = 64;
 
 MOE_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Memory to fetch into L2 while a tile is computed: `lines` cache lines for every kFetchSteps packed steps.
+// Memory to fetch into L2 meanwhile, in the order of its addresses: lines [first, end) of runs of contiguous cache lines.
 struct Fetch {
   uintptr_t begin = 0;
-  int64_t line_stride = 0, lines = 0;
-  int64_t group_stride = 0;  // from one kFetchSteps to the next
+  int64_t run_lines = 1, run_stride = 0;  // cache lines of a run, bytes between runs
+  int64_t first = 0, end = 0;
 
   // the lines that fall to one of `parts`
   __attribute__((always_inline)) Fetch part(int64_t index, int64_t parts) const {
-    const int64_t first = lines * index / parts;
-    return {begin + static_cast<uintptr_t>(first * line_stride), line_stride, lines * (index + 1) / parts - first,
-            group_stride};
+    Fetch fetch = *this;
+    fetch.first = first + (end - first) * index / parts;
+    fetch.end = first + (end - first) * (index + 1) / parts;
+    return fetch;
   }
 };
-template <class T>
-constexpr int64_t kFetchSteps = kCacheLine / static_cast<int64_t>(sizeof(T)) / OuterOperand<T>::kDepth;
+constexpr int64_t kFetchSteps = 16;  // packed steps between fetches
 
 // Where the sums of a tile are added up over chunks, and where they go after the last.
 template <class T>
@@ -134,11 +134,18 @@ static void outer_tile(const typename OuterOperand<T>::Packed* a, int64_t a_row_
   using Acc = acc_t<T>;
   constexpr int kN = kLanes<Acc>;
   Vec<Acc> sum[kTileM][kOuterVectors] = {};
-  for (int64_t step = 0; step < steps; fetch.begin += static_cast<uintptr_t>(fetch.group_stride)) {
-    for (int64_t line = 0; line < fetch.lines; ++line)
-      __builtin_prefetch(
-          reinterpret_cast<const void*>(fetch.begin + static_cast<uintptr_t>(line * fetch.line_stride)), 0, 2);
-    const int64_t end = step + kFetchSteps<T> < steps ? step + kFetchSteps<T> : steps;
+  const int64_t lines_at_once = ceil_div(fetch.end - fetch.first, ceil_div(steps, kFetchSteps));
+  uintptr_t run = fetch.begin + static_cast<uintptr_t>(fetch.first / fetch.run_lines * fetch.run_stride);
+  int64_t line = fetch.first % fetch.run_lines, lines_left = fetch.end - fetch.first;
+  for (int64_t step = 0; step < steps;) {
+    for (int64_t i = 0; i < lines_at_once && lines_left > 0; ++i, --lines_left) {
+      __builtin_prefetch(reinterpret_cast<const void*>(run + static_cast<uintptr_t>(line * kCacheLine)), 0, 2);
+      if (++line == fetch.run_lines) {
+        line = 0;
+        run += static_cast<uintptr_t>(fetch.run_stride);
+      }
+    }
+    const int64_t end = step + kFetchSteps < steps ? step + kFetchSteps : steps;
     for (; step < end; ++step, a += a_step_stride, b += kPanel<T>) {
       typename Operand::Reg w[kOuterVectors];
 #pragma GCC unroll 8

@@ -24,11 +24,11 @@ static void weight_grad(const T* const* a, int64_t a_column, int64_t an, const T
   stream = stream && kCanStream<T> && aligned(static_cast<int64_t>(reinterpret_cast<uintptr_t>(out) % kCacheLine)) &&
            aligned(out_row_stride * static_cast<int64_t>(sizeof(T)));
   Packed* packed_a = static_cast<Packed*>(scratch);
-  Packed* packed_b = packed_a + kSteps * kMaxOuterBlock;
-  acc_t<T>* sums = reinterpret_cast<acc_t<T>*>(packed_b + kSteps * kMaxOuterBlock);
+  Packed* packed_b = packed_a + kSteps * kPackedStride;
+  acc_t<T>* sums = reinterpret_cast<acc_t<T>*>(packed_b + kSteps * kPackedStride);
   for (int64_t m0 = 0; m0 < m; m0 += kChunk) {
     const int64_t depth = m - m0 < kChunk ? m - m0 : kChunk, steps = ceil_div(depth, OuterOperand<T>::kDepth);
-    pack_columns<T>([&](int64_t row) { return a[m0 + row] + a_column; }, depth, an, an, kMaxOuterBlock, packed_a);
+    pack_columns<T>([&](int64_t row) { return a[m0 + row] + a_column; }, depth, an, an, kPackedStride, packed_a);
     for (int64_t j = 0; j < bn; j += kPanel<T>) {
       const int64_t width = bn - j < kPanel<T> ? bn - j : kPanel<T>;
       pack_columns<T>([&](int64_t row) { return b[m0 + row] + b_column + j; }, depth, width, kPanel<T>, kPanel<T>, packed_b);
@@ -38,7 +38,7 @@ static void weight_grad(const T* const* a, int64_t a_column, int64_t an, const T
         result.out_stride = out_row_stride;
         result.stream = stream;
       }
-      outer_rows<T>(packed_a, 1, kMaxOuterBlock, an, packed_b, steps, result, {});
+      outer_rows<T>(packed_a, 1, kPackedStride, an, packed_b, steps, result, {});
     }
   }
   if (stream) stream_fence();

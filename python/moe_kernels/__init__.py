@@ -32,6 +32,7 @@ def _refuse_name_clash() -> None:
 _refuse_name_clash()
 
 from moe_kernels.activation import Activation  # noqa: E402
+from moe_kernels.memory import empty_cache  # noqa: E402
 from moe_kernels.ops.expert_ffn import expert_ffn  # noqa: E402
 from moe_kernels.ops.grouped_gemm import PrepackedWeights, grouped_gemm, prepack  # noqa: E402
 from moe_kernels.ops.permute import DispatchPlan, permute, plan_dispatch, unpermute  # noqa: E402
@@ -41,6 +42,7 @@ __all__ = [
     "Activation",
     "DispatchPlan",
     "PrepackedWeights",
+    "empty_cache",
     "expert_ffn",
     "grouped_gemm",
     "permute",

@@ -173,9 +173,9 @@ std::tuple<Tensor, Tensor> expert_ffn_cpu(const Tensor& hidden_states_in, const 
   Scratch scratch;
   const Pairs pairs(scratch, topk_ids, num_tokens, num_experts);
   MOE_CHECK(topk_weights.numel() == pairs.num_pairs, kOp, ": topk_weights must have the shape of topk_ids");
-  Tensor out = torch::stable::new_empty(hidden_states, {num_tokens, hidden_size});
-  Tensor saved = save_pre_activation ? torch::stable::new_empty(hidden_states, {pairs.num_pairs, gate_up_size})
-                                     : torch::stable::new_empty(hidden_states, {0});
+  Tensor out = new_result(hidden_states, {num_tokens, hidden_size});
+  Tensor saved =
+      save_pre_activation ? new_result(hidden_states, {pairs.num_pairs, gate_up_size}) : new_result(hidden_states, {0});
   dispatch_float(kOp, dtype, [&]<class T>() {
     using Acc = acc_t<T>;
     const auto gate_up = ExpertMatrices<T>::plain_or_packed(kOp, gate_up_proj, gate_up_size, hidden_size);
@@ -185,7 +185,6 @@ std::tuple<Tensor, Tensor> expert_ffn_cpu(const Tensor& hidden_states_in, const 
     const T* const* x = pairs.token_rows<T>(scratch, hidden_states);
     T* act = scratch.take<T>(pairs.num_permuted() * layout.intermediate_size);
     T* saved_rows = save_pre_activation ? mutable_data<T>(saved) : nullptr;
-    advise_huge_pages(saved_rows, saved.numel() * static_cast<int64_t>(sizeof(T)));
     const T* bias = data_or_null<T>(gate_up_bias);
 
     const int64_t row_tasks = expert_tasks(pairs.expert_offsets, num_experts, 1, 1, nullptr);
@@ -270,11 +269,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> expert_ffn_backward_c
             ": hidden_states must have been saved for the gradient of gate_up_proj");
 
   const auto make = [&](bool asked, const Tensor& like, std::initializer_list<int64_t> shape) {
-    return asked ? torch::stable::new_empty(like, shape) : torch::stable::new_empty(grad_out, {0});
+    return asked ? new_result(like, shape) : new_result(grad_out, {0});
   };
   const auto make_weight_grad = [&](bool asked, const Tensor& weights) {
     return asked ? new_weight_grad(grad_out, num_experts, weights.size(1), weights.size(2), is_transposed(weights))
-                 : torch::stable::new_empty(grad_out, {0});
+                 : new_result(grad_out, {0});
   };
   Tensor grad_hidden = make(grad_hidden_states, grad_out, {num_tokens, hidden_size});
   Tensor grad_weights = make(grad_topk_weights, topk_weights, {num_tokens, pairs.top_k});

@@ -9,6 +9,7 @@
 
 #include "common/cpu_isa.h"
 #include "common/dispatch.h"
+#include "common/kept_memory.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
 #include "microkernels/table.h"
@@ -272,8 +273,7 @@ void bias_grad(const int32_t* expert_offsets, int64_t num_experts, int64_t out_f
 inline Tensor new_weight_grad(const Tensor& like, int64_t num_experts, int64_t out_features, int64_t in_features,
                               bool transposed) {
   if (transposed) std::swap(out_features, in_features);
-  const Tensor grad = torch::stable::new_empty(like, {num_experts, out_features, in_features});
-  advise_huge_pages(grad.mutable_data_ptr(), grad.numel() * static_cast<int64_t>(grad.element_size()));
+  const Tensor grad = new_result(like, {num_experts, out_features, in_features});
   return transposed ? torch::stable::transpose(grad, 1, 2) : grad;
 }
 

@@ -29,7 +29,7 @@ Tensor grouped_gemm_cpu(const Tensor& rows_in, const Tensor& expert_weights, con
   if (bias_in) bias = torch::stable::contiguous(*bias_in);
   MOE_CHECK(!bias || (bias->numel() == num_experts * out_features && bias->scalar_type() == rows.scalar_type()),
             "grouped_gemm: bias must be of shape [num_experts, out] and the dtype of rows");
-  Tensor out = torch::stable::new_empty(rows, {num_rows, out_features});
+  Tensor out = new_result(rows, {num_rows, out_features});
   dispatch_float("grouped_gemm", rows.scalar_type(), [&]<class T>() {
     const auto weights = ExpertMatrices<T>::plain_or_packed("grouped_gemm", expert_weights, out_features, rows.size(1));
     MOE_CHECK(weights.in == rows.size(1) && weights.out == out_features,
@@ -107,7 +107,7 @@ Tensor prepack_cpu(const Tensor& expert_weights, int64_t num_splits, bool interl
   dispatch_float("prepack", expert_weights.scalar_type(), [&]<class T>() {
     const int64_t step = microkernels<T>().dot_step, panel_rows = microkernels<T>().dot_panel_rows;
     const int64_t panels = (split + panel_rows - 1) / panel_rows, steps = (in + step - 1) / step;
-    packed = torch::stable::new_empty(expert_weights, {num_experts, num_splits, panels, steps, panel_rows, step});
+    packed = new_result(expert_weights, {num_experts, num_splits, panels, steps, panel_rows, step});
     const T* weights = data<T>(expert_weights);
     const int64_t expert_stride = expert_weights.stride(0), row_stride = expert_weights.stride(1),
                   column_stride = expert_weights.stride(2);

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "common/dispatch.h"
+#include "common/kept_memory.h"
 #include "common/parallel.h"
 #include "common/workspace.h"
 #include "microkernels/convert.h"
@@ -44,7 +45,7 @@ Tensor permute_cpu(const Tensor& hidden_states_in, const Tensor& source_rows_in)
             "permute: hidden_states must be 2-dimensional and source_rows 1-dimensional int32");
   const int64_t num_tokens = hidden_states.size(0), hidden_size = hidden_states.size(1);
   const int64_t num_rows = source_rows.size(0);
-  Tensor rows = torch::stable::new_empty(hidden_states, {num_rows, hidden_size});
+  Tensor rows = new_result(hidden_states, {num_rows, hidden_size});
   const int32_t* source = data<int32_t>(source_rows);
   for (int64_t row = 0; row < num_rows; ++row)
     MOE_CHECK(source[row] < num_tokens, "permute: source_rows must be below num_tokens=", num_tokens, ", got ",
@@ -73,7 +74,7 @@ Tensor unpermute_cpu(const Tensor& rows_in, const Tensor& permuted_rows_in, cons
   const int64_t num_tokens = permuted_rows.size(0), top_k = permuted_rows.size(1), num_pairs = num_tokens * top_k;
   MOE_CHECK(!topk_weights || topk_weights->numel() == num_pairs,
             "unpermute: topk_weights must be of shape [num_tokens, top_k]");
-  Tensor out = torch::stable::new_empty(rows, {num_tokens, hidden_size});
+  Tensor out = new_result(rows, {num_tokens, hidden_size});
   const int32_t* source = data<int32_t>(permuted_rows);
   for (int64_t pair = 0; pair < num_pairs; ++pair)
     MOE_CHECK(source[pair] < num_rows, "unpermute: permuted_rows must be below num_permuted=", num_rows, ", got ",
@@ -117,7 +118,7 @@ std::tuple<Tensor, Tensor> unpermute_backward_cpu(const Tensor& grad_out_in, con
   MOE_CHECK(grad_out.size(0) == num_tokens && grad_out.size(1) == hidden_size && topk_weights.numel() == num_pairs &&
                 grad_out.scalar_type() == rows.scalar_type() && source_rows.size(0) == num_rows && num_rows == num_pairs,
             "unpermute: the gradient must have the shape and dtype of the output");
-  Tensor grad_rows = torch::stable::new_empty(rows, {num_rows, hidden_size});
+  Tensor grad_rows = new_result(rows, {num_rows, hidden_size});
   Tensor grad_weights = torch::stable::new_empty(topk_weights, {num_tokens, top_k});
   const int32_t* permuted = data<int32_t>(permuted_rows);
   dispatch_float("unpermute", rows.scalar_type(), [&]<class T>() {
