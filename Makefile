@@ -12,7 +12,7 @@ EXTRAS := "transformers>=5.23" accelerate gguf safetensors tqdm rich matplotlib 
 # without a build environment of its own: pip would install a second PyTorch there
 INSTALL = -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps
 
-.PHONY: help demo test test-ops test-isas test-cpu-torch sanitize bench style dev wheel clean
+.PHONY: help demo test test-main test-isas test-cpu-torch test-emulated sanitize bench style dev wheel clean
 
 help:
 	@echo "make demo      set up, build, run the demo: a real language model as a mixture of experts"
@@ -43,7 +43,7 @@ $(VENV_CPU)/installed: $(VENV_CPU)/ready $(SOURCES)
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m moe_kernels demo
 
-test: test-main test-isas test-cpu-torch sanitize
+test: test-main test-isas test-cpu-torch test-emulated sanitize
 
 test-main: $(VENV)/installed
 	$(VENV)/bin/python -m pytest tests
@@ -57,6 +57,16 @@ test-isas: $(VENV)/installed
 
 test-cpu-torch: $(VENV_CPU)/installed
 	$(VENV_CPU)/bin/python -m pytest -q tests --ignore tests/integrations --ignore tests/demo --ignore tests/benchmarks
+
+# the AVX-512 kernel sets where the machine has no AVX-512
+test-emulated: $(VENV_CPU)/installed
+	$(VENV_CPU)/bin/python -c 'from moe_kernels import _host; raise SystemExit("avx512_bf16" in _host.runnable_isas())' || exit 0; \
+	$(VENV_CPU)/bin/python $(INSTALL) --target $(VENV_CPU)/emulated --upgrade -Cbuild-dir=build/emulated \
+	  -Ccmake.define.MOE_KERNELS_EMULATE_AVX512=ON . && \
+	for isa in avx512 avx512_bf16; do \
+	  PYTHONPATH=$(VENV_CPU)/emulated MOE_KERNELS_CPU_ISA=$$isa $(VENV_CPU)/bin/python -m pytest -q tests/ops \
+	    -k "not compile and not export" || exit 1; \
+	done
 
 # The library is preloaded because Python itself is not instrumented; leaks are CPython's and PyTorch's, not looked for.
 sanitize: $(VENV_CPU)/ready

@@ -15,6 +15,10 @@ std::vector<std::string> runnable_isas() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     isas.push_back("avx2");
 #endif
+#ifdef MOE_EMULATE_AVX512
+  isas.insert(isas.end(), {"avx512", "avx512_bf16"});
+  return isas;
+#endif
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 #ifdef MOE_HAS_avx512
