@@ -83,6 +83,36 @@ def test_a_row_has_the_same_bits_alone_and_among_others(backend, dtype, threads)
             assert torch.equal(alone, together[row : row + 1])
 
 
+# in: one below, at and above a 256-step chunk, three chunks and an odd rest; out: below, at and past a panel
+@pytest.mark.parametrize("sizes", [(255, 16), (256, 15), (257, 33), (801, 130)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_follow_one_order_for_any_number_of_rows(dtype, sizes):
+    in_features, out_features = sizes
+    rows, weights = torch.randn(101, in_features).to(dtype), torch.randn(1, out_features, in_features).to(dtype)
+    layouts = [weights, transposed(weights)] + ([prepack(weights)] if dtype in LOW_DTYPES else [])
+    for w in layouts:
+        all_rows = grouped_gemm(rows, w, offsets_of([101]))
+        # 1 to 4 rows are multiplied without packing, 5 in one tile, 13 in several
+        for count in (1, 2, 3, 4, 5, 13):
+            assert torch.equal(grouped_gemm(rows[:count], w, offsets_of([count])), all_rows[:count])
+
+
+# 300 rows: a second chunk; 4608: whole cache lines, stored past the caches; 4601: not aligned
+@pytest.mark.parametrize("counts", [[3, 0], [300, 1]])
+@pytest.mark.parametrize("in_features", [4601, 4608])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weight_gradients_larger_than_the_caches(backend, dtype, in_features, counts):
+    out_features = 4100 if dtype == torch.float32 else 8200
+    generator = torch.Generator().manual_seed(0)
+    rows = small_integers(torch.empty(sum(counts), in_features, dtype=dtype), generator)
+    grad_out = small_integers(torch.empty(sum(counts), out_features, dtype=dtype), generator)
+    weights = torch.zeros(2, out_features, in_features, dtype=dtype, requires_grad=True)
+    out = grouped_gemm(rows, weights, offsets_of(counts), backend=backend)
+    (grad,) = torch.autograd.grad(out, weights, grad_out)
+    for expert, (g, r) in enumerate(zip(grad_out.split(counts), rows.split(counts), strict=True)):
+        assert torch.equal(grad[expert], (g.float().T @ r.float()).to(dtype))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_with_one_and_two_threads(backend, dtype):
     rows, weights = torch.randn(90, 300).to(dtype), torch.randn(3, 70, 300).to(dtype).requires_grad_()
