@@ -115,6 +115,18 @@ MOE_INLINE void with_kind(ActivationKind kind, const F& f) {
   }
 }
 
+// An Activation's numbers in Acc; the gate is clamped `before` the activation, or its output `after` it.
+template <class Acc>
+struct ActivationNumbers {
+  Acc alpha, limit, before, after, offset;
+  explicit ActivationNumbers(const Activation& activation)
+      : alpha(static_cast<Acc>(activation.alpha)),
+        limit(static_cast<Acc>(activation.limit)),
+        before(activation.clamp_output ? static_cast<Acc>(INFINITY) : limit),
+        after(activation.clamp_output ? limit : static_cast<Acc>(INFINITY)),
+        offset(static_cast<Acc>(activation.up_offset)) {}
+};
+
 // out[i] = in[i * in_stride] + bias[i * stride] for one block
 template <class T>
 MOE_INLINE void gather_with_bias(const acc_t<T>* in, int64_t in_stride, const T* bias, int64_t stride, int64_t n,
@@ -141,10 +153,7 @@ static void activation_forward(const Activation& activation, const acc_t<T>* gat
                                const T* gate_bias, const T* up_bias, int64_t stride, int64_t n, T* out, T* saved_gate,
                                T* saved_up) {
   using Acc = acc_t<T>;
-  const Acc alpha = static_cast<Acc>(activation.alpha), limit = static_cast<Acc>(activation.limit);
-  const Acc before = activation.clamp_output ? static_cast<Acc>(INFINITY) : limit;
-  const Acc after = activation.clamp_output ? limit : static_cast<Acc>(INFINITY);
-  const Acc offset = static_cast<Acc>(activation.up_offset);
+  const auto [alpha, limit, before, after, offset] = ActivationNumbers<Acc>(activation);
   Acc g[kBlock], u[kBlock], result[kBlock];
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t size = n - begin < kBlock ? n - begin : kBlock, at = begin * stride;
@@ -170,10 +179,7 @@ static acc_t<T> activation_backward(const Activation& activation, const T* gate,
                                     const acc_t<T>* grad_act, acc_t<T> weight, int64_t n, T* grad_gate, T* grad_up,
                                     T* weighted_act) {
   using Acc = acc_t<T>;
-  const Acc alpha = static_cast<Acc>(activation.alpha), limit = static_cast<Acc>(activation.limit);
-  const Acc before = activation.clamp_output ? static_cast<Acc>(INFINITY) : limit;
-  const Acc after = activation.clamp_output ? limit : static_cast<Acc>(INFINITY);
-  const Acc offset = static_cast<Acc>(activation.up_offset);
+  const auto [alpha, limit, before, after, offset] = ActivationNumbers<Acc>(activation);
   constexpr int kN = kLanes<Acc>;
   Vec<Acc> inner_sum{};
   Acc g[kBlock], u[kBlock], a[kBlock], d[kBlock], grad[kBlock], out[kBlock];

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels._checks import value_error
+from moe_kernels._dispatch import autocast_enabled
 from moe_kernels.integrations.transformers.gates import Gate, recognise
 from moe_kernels.ops.expert_ffn import expert_ffn
 from moe_kernels.ops.grouped_gemm import grouped_gemm
@@ -76,7 +77,7 @@ def fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Ten
     if reason is not None:
         raise value_error("fp8_experts_forward", *reason)
     dtype = hidden_states.dtype
-    if torch.is_autocast_enabled(hidden_states.device.type):
+    if autocast_enabled(hidden_states.device.type):
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
     up_name = "gate_up_proj" if self.has_gate else "up_proj"
     up_proj = _dequantise(getattr(self, up_name), getattr(self, up_name + "_scale_inv"), self.block_size, dtype)
@@ -144,22 +145,12 @@ def run(
             interleaved=gate.interleaved,
         )
         return out.to(hidden_states.dtype)
-    rows, up_proj, down_proj, up_bias, down_bias = autocast(rows, up_proj, down_proj, up_bias, down_bias)
     plan = plan_dispatch(topk_ids, up_proj.shape[0])
     rows = own_gate(grouped_gemm(permute(rows, plan), up_proj, plan.expert_offsets, up_bias))
     rows = grouped_gemm(rows.to(down_proj.dtype), down_proj, plan.expert_offsets, down_bias)
     if post_expert_norm is not None:
         rows = post_expert_norm(rows)
     return unpermute(rows, plan, topk_weights).to(hidden_states.dtype)
-
-
-def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The tensors in autocast's dtype where it is on, as they are where it is off; grouped_gemm does not cast."""
-    device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
-        return tensors
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(None if tensor is None else tensor.to(dtype) for tensor in tensors)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from moe_kernels.integrations.transformers.experts import autocast, run
+from moe_kernels.integrations.transformers.experts import run
 from moe_kernels.integrations.transformers.gates import Gate, fingerprint, recognise_gated, recognise_plain
 from moe_kernels.ops.grouped_gemm import grouped_gemm
 from moe_kernels.ops.permute import permute, plan_dispatch, unpermute
@@ -86,16 +86,11 @@ def dbrx_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, to
     batch_size = hidden_states.shape[0]
     shape = (self.num_experts, self.ffn_hidden_size, self.hidden_size)
     dtype = hidden_states.dtype
-    rows, gate_proj, up_proj, down_proj = autocast(
-        hidden_states.reshape(-1, self.hidden_size),
-        self.mlp.w1.view(shape),
-        self.mlp.v1.view(shape),
-        self.mlp.w2.view(shape).transpose(1, 2),
-    )
+    down_proj = self.mlp.w2.view(shape).transpose(1, 2)
     plan = plan_dispatch(top_k_index, self.num_experts)
-    rows = permute(rows, plan)
-    gate = grouped_gemm(rows, gate_proj, plan.expert_offsets)
-    up = grouped_gemm(rows, up_proj, plan.expert_offsets)
+    rows = permute(hidden_states.reshape(-1, self.hidden_size), plan)
+    gate = grouped_gemm(rows, self.mlp.w1.view(shape), plan.expert_offsets)
+    up = grouped_gemm(rows, self.mlp.v1.view(shape), plan.expert_offsets)
     rows = grouped_gemm((self.mlp.activation_fn(gate) * up).to(down_proj.dtype), down_proj, plan.expert_offsets)
     return unpermute(rows, plan, top_k_weights).to(dtype).view(batch_size, -1, self.hidden_size)
 
@@ -154,8 +149,7 @@ def jetmoe_moe(self: nn.Module, layer_input: Tensor) -> Tensor:
 def jetmoe_parallel_experts(self: nn.Module, inputs: Tensor, expert_size: list[int]) -> Tensor:
     """One of the two projections of JetMoE's mixture of attention heads: a grouped GEMM over sorted rows."""
     ends = torch.tensor([0, *expert_size], device=inputs.device).cumsum(0, dtype=torch.int32)
-    rows, weight = autocast(inputs, self.weight)
-    return grouped_gemm(rows, weight, ends)
+    return grouped_gemm(inputs, self.weight, ends)
 
 
 def doge_cdmoe(self: nn.Module, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor]:
