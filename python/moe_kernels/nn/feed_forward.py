@@ -39,7 +39,7 @@ class MoEFeedForward(nn.Module):
         ids, s = routing(router(x))
         out    = sum_k w[k] * down_proj[ids[k]] @ activation(gate_up_proj[ids[k]] @ x)
                  + (sum of w over the identity experts) * x
-                 + sigmoid(shared_gate · x) * shared expert(x)                    1 in place of the sigmoid without a gate
+                 + sigmoid(shared_gate · x) * shared expert(x)                    without a gate, 1 for the sigmoid
         w      = s if weighted else 1
 
     Args:
@@ -51,7 +51,7 @@ class MoEFeedForward(nn.Module):
         weighted: whether the router weighs the experts it chooses. Without weights it learns nothing from the output.
         renormalize: whether the weights of a token's experts are divided by their sum.
         router_bias: whether the router has a bias.
-        router: any module from [num_tokens, hidden_size] to logits (:class:`CosineRouter`); None makes an ``nn.Linear``.
+        router: any module from [num_tokens, hidden_size] to logits (:class:`CosineRouter`); None is an ``nn.Linear``.
         routing: any function from logits to ``topk_ids`` and ``topk_weights``, for example
             ``partial(route_top_p, top_p=0.4)``; None is ``route(logits, top_k, renormalize=renormalize)``. An
             attribute. In a balanced layer it is also given ``expert_bias``.

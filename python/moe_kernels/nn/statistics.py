@@ -65,8 +65,8 @@ class ModuleStatistics:
         """Files what runs inside under a kind: one number for all tokens, or a tensor with one for each token.
 
         Args:
-            labels: integer(s) from 0 on; -1 in a tensor leaves a token (padding) out. Any shape with as many elements as
-                the layers see tokens: token ids, task numbers, positions.
+            labels: integer(s) from 0 on; -1 in a tensor leaves a token (padding) out. Any shape with as many elements
+                as the layers see tokens: token ids, task numbers, positions.
         """
         before, self._labels = self._labels, labels
         try:
