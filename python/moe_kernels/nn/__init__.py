@@ -1,5 +1,6 @@
 """Drop-in modules made of the ops, and what makes them from dense models."""
 
+from moe_kernels.nn.attention import MoEAttention
 from moe_kernels.nn.cosine_router import CosineRouter
 from moe_kernels.nn.feed_forward import MoEFeedForward, Routed
 from moe_kernels.nn.prune import merge_experts, prune_experts
@@ -9,6 +10,7 @@ from moe_kernels.nn.upcycle import upcycle
 
 __all__ = [
     "CosineRouter",
+    "MoEAttention",
     "MoEFeedForward",
     "ModuleStatistics",
     "Routed",
