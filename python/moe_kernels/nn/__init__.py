@@ -3,6 +3,7 @@
 from moe_kernels.nn.attention import MoEAttention
 from moe_kernels.nn.cosine_router import CosineRouter
 from moe_kernels.nn.feed_forward import MoEFeedForward, Routed
+from moe_kernels.nn.prior_approximate import prior_approximate_loss, train_router
 from moe_kernels.nn.prune import merge_experts, prune_experts
 from moe_kernels.nn.split import split_dense
 from moe_kernels.nn.statistics import ModuleStatistics
@@ -15,7 +16,9 @@ __all__ = [
     "ModuleStatistics",
     "Routed",
     "merge_experts",
+    "prior_approximate_loss",
     "prune_experts",
     "split_dense",
+    "train_router",
     "upcycle",
 ]
