@@ -81,6 +81,11 @@ def test_a_transformers_model(implementation):
         counts = statistics.counts[name]
         assert torch.equal(counts, expected[: counts.shape[0]]) and counts.sum() == 28
 
+    model.train().activation_checkpointing_enable()
+    with ModuleStatistics(model) as statistics:
+        model(input_ids, labels=input_ids).loss.backward()
+    assert [counts.sum().item() for counts in statistics.counts.values()] == [28, 28]
+
 
 def test_bad_input():
     with pytest.raises(ValueError, match="model must be one with mixture-of-experts layers, got Linear"):

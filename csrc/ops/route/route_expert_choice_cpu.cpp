@@ -38,12 +38,11 @@ std::tuple<Tensor, Tensor> route_expert_choice_cpu(const Tensor& logits, int64_t
       }
     });
     // what an expert does not take becomes -inf
-    parallel_ranges(num_experts, 1, [&](int64_t e, int64_t) {
+    parallel_ranges(capacity < num_tokens ? num_experts : 0, 1, [&](int64_t e, int64_t) {
       Scratch task_scratch;
       Acc* scores = by_expert + e * num_tokens;
       int32_t* order = task_scratch.take<int32_t>(num_tokens);
       for (int64_t t = 0; t < num_tokens; ++t) order[t] = static_cast<int32_t>(t);
-      if (capacity >= num_tokens) return;
       std::nth_element(order, order + capacity, order + num_tokens, [scores](int32_t a, int32_t b) {
         return scores[a] > scores[b] || (scores[a] == scores[b] && a < b);
       });

@@ -189,7 +189,7 @@ class MoEFeedForward(nn.Module):
         return expert_ffn(tokens, first, weights, *shared, activation=self.activation)
 
     def _observe(self, routed: Routed) -> None:
-        if _recomputes():
+        if recomputes():
             return
         if self.training and self.expert_counts is not None:
             self.expert_counts += expert_counts(routed.topk_ids, self.expert_counts.numel())
@@ -239,7 +239,7 @@ class MoEFeedForward(nn.Module):
         )
 
 
-def _recomputes() -> bool:
+def recomputes() -> bool:
     """Whether this forward is activation checkpointing's second, which runs inside a backward pass."""
     # in a compiled graph the recomputation is the compiler's, and side effects stay in the first forward
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels._checks import shape_error, value_error
-from moe_kernels.nn.feed_forward import MoEFeedForward, Routed
+from moe_kernels.nn.feed_forward import MoEFeedForward, Routed, recomputes
 
 _OP = "ModuleStatistics"
 
@@ -25,7 +25,7 @@ class ModuleStatistics:
         statistics.counts["layers.3.mlp"]           # [2, num_experts]
 
     Serves :class:`MoEFeedForward` and the expert modules of transformers, whose forward takes ``hidden_states,
-    top_k_index, top_k_weights``, whatever runs them. A checkpointed forward counts once in a :class:`MoEFeedForward`.
+    top_k_index, top_k_weights``, whatever runs them. A checkpointed forward counts once.
 
     Args:
         model: the model, or one layer.
@@ -97,8 +97,9 @@ class ModuleStatistics:
 
     def _experts_hook(self, name: str):
         def hook(_, args: tuple, kwargs: dict) -> None:
-            named = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
-            self._add(name, named["top_k_index"], named["top_k_weights"])
+            if not recomputes():
+                named = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
+                self._add(name, named["top_k_index"], named["top_k_weights"])
 
         return hook
 
