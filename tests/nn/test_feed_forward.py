@@ -211,6 +211,16 @@ def test_bias_stays_float32_and_is_saved():
     assert torch.equal(other.expert_bias, before)
 
 
+def test_autocast():
+    module = MoEFeedForward(8, 4, 5, 2, num_identity_experts=1, shared_intermediate_size=6, shared_gate=True)
+    x = torch.randn(9, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(x)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert all(parameter.grad is not None for parameter in module.parameters())
+
+
 def test_compile_counts_too():
     module = MoEFeedForward(8, 4, 5, 2, balanced=True, shared_intermediate_size=6, num_identity_experts=1)
     compiled = torch.compile(module, fullgraph=True, dynamic=True)

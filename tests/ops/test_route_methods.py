@@ -325,11 +325,11 @@ def test_route_weights_gives_back_what_route_gave(which):
 def test_forced_ids(which):
     ids, weights = route_forced(torch.tensor([3, -1, 0]), backend=which)
     assert ids.tolist() == [[3], [-1], [0]] and weights.tolist() == [[1.0], [0.0], [1.0]]
-    # sequences 1, 0, 0 and one token of padding
-    sequence_ids = torch.tensor([1, 0, 0, -1])
+    # sequences 1, 0, 0 and three that are not there
+    sequence_ids = torch.tensor([1, 0, 0, -1, -2, 2])
     ids, weights = route_forced(torch.tensor([[2, 4], [1, -1]]), sequence_ids=sequence_ids, backend=which)
-    assert ids.tolist() == [[1, -1], [2, 4], [2, 4], [-1, -1]] and ids.dtype == torch.int32
-    assert weights.tolist() == [[1, 0], [1, 1], [1, 1], [0, 0]]
+    assert ids.tolist() == [[1, -1], [2, 4], [2, 4]] + 3 * [[-1, -1]] and ids.dtype == torch.int32
+    assert weights.tolist() == [[1, 0], [1, 1], [1, 1]] + 3 * [[0, 0]]
     logits = torch.randn(4, 5, requires_grad=True)
     ids, weights = route_forced(torch.tensor([0, 4, 2, 1]), logits=logits, score="sigmoid", backend=which)
     expected = logits.sigmoid()[torch.arange(4), [0, 4, 2, 1]]

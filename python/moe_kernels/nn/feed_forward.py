@@ -173,7 +173,7 @@ class MoEFeedForward(nn.Module):
         out = expert_ffn(tokens, topk_ids, topk_weights, self.gate_up_proj, self.down_proj, activation=self.activation)
         if self.num_identity_experts:
             share = identity_weights(topk_ids, topk_weights, self.num_experts)
-            out = out + share[:, None].to(out.dtype) * tokens
+            out = out + share[:, None].to(out.dtype) * tokens.to(out.dtype)
         if self.shared_gate_up_proj is not None:
             out = out + self._shared_expert(tokens)
         out = out.view(hidden_states.shape)
@@ -204,7 +204,7 @@ class MoEFeedForward(nn.Module):
 
     @torch.no_grad()
     def update_expert_bias(
-        self, *, rate: float = 1e-3, center: bool = False, group: torch.distributed.ProcessGroup | None = None
+        self, *, rate: float = 1e-3, center: bool = False, group: "torch.distributed.ProcessGroup | None" = None
     ) -> None:
         """Moves ``expert_bias`` towards balance, once an optimizer step, and starts to count anew.
 

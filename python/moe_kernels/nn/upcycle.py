@@ -1,5 +1,6 @@
 """A mixture of experts from dense models: :func:`upcycle`."""
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -125,6 +126,7 @@ def _upcycle_model(models: list[nn.Module], num_experts: int, top_k: int, rest: 
             value.copy_(states[0][name])
         else:
             value.copy_(torch.stack([state[name].double() for state in states]).mean(0))
+    mixture.generation_config = copy.deepcopy(first.generation_config)
     return mixture.train(first.training)
 
 

@@ -26,8 +26,8 @@ def route_forced(
     Args:
         expert_ids: [num_tokens] or [num_tokens, top_k] (with ``sequence_ids``: num_sequences rows), int32 or int64, -1
             for none.
-        sequence_ids: [num_tokens], int32 or int64, the row of ``expert_ids`` that each token takes; -1 routes a token
-            (padding) nowhere.
+        sequence_ids: [num_tokens], int32 or int64, the row of ``expert_ids`` that each token takes; a token whose row
+            is not there, such as -1 (padding), goes nowhere.
         logits: [num_tokens, num_experts] to weigh the experts by; None weighs each of them 1.
         score, renormalize, scaling_factor: of the weights, see :func:`route`; without ``logits`` not used.
         backend: see :mod:`moe_kernels`.
@@ -53,8 +53,10 @@ def route_forced(
             raise shape_error("route_forced", "sequence_ids", "[num_tokens]", sequence_ids)
         if sequence_ids.dtype not in ID_DTYPES:
             raise dtype_error("route_forced", "sequence_ids", ID_DTYPES, sequence_ids)
-        # row -1 is a row of its own, after the last sequence
-        topk_ids = torch.cat([topk_ids, topk_ids.new_full((1, topk_ids.shape[1]), -1)])[sequence_ids.long()]
+        num_sequences = topk_ids.shape[0]
+        outside = (sequence_ids < 0) | (sequence_ids >= num_sequences)
+        topk_ids = torch.cat([topk_ids, topk_ids.new_full((1, topk_ids.shape[1]), -1)])
+        topk_ids = topk_ids[sequence_ids.long().masked_fill(outside, num_sequences)]
     if logits is not None:
         options = {"score": score, "renormalize": renormalize, "scaling_factor": scaling_factor, "backend": backend}
         return topk_ids, route_weights(logits, topk_ids, **options)
