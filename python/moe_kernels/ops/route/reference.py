@@ -152,7 +152,8 @@ def limit_capacity(
         order = torch.arange(ids.numel(), device=ids.device)
         if first_choices_first:
             order = order.view(num_tokens, top_k).T.reshape(-1)
-    experts = torch.arange(num_experts, device=ids.device)
-    place = (ids[order, None] == experts).cumsum(0)  # [pairs, num_experts]
-    dropped = ((ids[order, None] == experts) & (place > capacity)).any(1)
-    return ids.scatter(0, order[dropped], -1).view(num_tokens, top_k)
+    queue = order[ids[order].argsort(stable=True)]  # by expert, and in that order within each
+    experts = ids[queue]
+    place = torch.arange(ids.numel(), device=ids.device) - torch.searchsorted(experts, experts)
+    dropped = (experts >= 0) & (experts < num_experts) & (place >= capacity)
+    return ids.scatter(0, queue[dropped], -1).view(num_tokens, top_k)
