@@ -50,7 +50,7 @@ def _call_cells(context: Context, dtype: torch.dtype, num_tokens: int) -> Cells:
     offsets = plan.expert_offsets
     activation = Activation()
     ffn = (hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj)
-    routing = (logits, None, _TOP_K, 0, True, 1.0, 1, 1, 0)
+    routing = (logits, None, _TOP_K, 0, True, 1.0, 1, 1, 0, 0)
     out_features = gate_up_proj.shape[1]
     native = _dispatch.resolve("expert_ffn", "auto", "cpu") == "native"
     kernel_arguments = (None, None, *activation.kernel_arguments(), False, False)

@@ -13,7 +13,13 @@ _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 @torch.no_grad()
 def split_dense(
-    mlp: nn.Module, num_experts: int, top_k: int, calibration: Tensor, *, ridge: float = 1e-2
+    mlp: nn.Module,
+    num_experts: int,
+    top_k: int,
+    calibration: Tensor,
+    *,
+    grouping: str = "importance",
+    ridge: float = 1e-2,
 ) -> MoEFeedForward:
     """Splits the neurons of a dense gated feed-forward layer into experts whose outputs add up to its output.
 
@@ -25,17 +31,23 @@ def split_dense(
 
     so ``top_k == num_experts`` computes the dense layer, in another order of summation.
 
-    *Which neurons share an expert.* They are sorted by ``mean(a_i²) * |d_i|²`` over the calibration tokens, the
-    expected squared length of what a neuron adds, and dealt out in that order: neurons that always matter fill the
-    first experts and no expert mixes them with neurons that can be skipped. That is the idea of shared experts carved
-    out by activation statistics (CMoE, arXiv 2502.04416), carried through all experts.
+    *Which neurons share an expert.*
+
+    * ``grouping="importance"``: they are sorted by ``mean(a_i²) * |d_i|²`` over the calibration tokens, the expected
+      squared length of what a neuron adds, and dealt out in that order: neurons that always matter fill the first
+      experts and no expert mixes them with neurons that can be skipped. That is the idea of shared experts carved out
+      by activation statistics (CMoE, arXiv 2502.04416), carried through all experts.
+    * ``grouping="order"``: neighbours, as the layer stores them (FactorLLM).
+    * ``grouping="clusters"``: balanced k-means of the neurons' gate weights (MoEfication). Clusters start at the most
+      important neurons; neurons and clusters are paired nearest first while a cluster has room, where MoEfication
+      solves an assignment.
 
     *Which experts a token takes.* The router predicts ``log |f_e(x)|`` by ridge regression on the calibration tokens::
 
         router = argmin_{W, b} mean_x |W x + b - log |f(x)||² + ridge * mean(var(x)) |W|²
 
     The logarithm matters: lengths differ by orders of magnitude, and a fit of the lengths serves the longest alone.
-    Nothing is trained.
+    Nothing is trained; ``train_router`` trains the router on, by FactorLLM's loss.
 
     Sources: FactorLLM (arXiv 2408.11855) for the split; MoEfication (arXiv 2110.01786) for choosing experts by what
     they would add.
@@ -46,12 +58,13 @@ def split_dense(
         num_experts: divides the number of neurons.
         top_k: experts for each token; ``result.top_k`` can be changed later.
         calibration: [num_tokens, hidden_size], inputs of this layer on real text; more tokens than hidden_size.
+        grouping: "importance", "order" or "clusters".
         ridge: strength of the regression's penalty, relative to the inputs' mean variance.
 
     Returns:
         A :class:`MoEFeedForward` with ``weighted=False``, device and dtype of ``mlp``. Deterministic.
     """
-    gate_proj, up_proj, down_proj = _dense_weights(mlp)
+    gate_proj, up_proj, down_proj = dense_weights(_OP, mlp)
     activation = recognize_activation(mlp.act_fn)
     num_neurons, hidden_size = gate_proj.shape
     if num_experts < 1 or num_neurons % num_experts:
@@ -62,9 +75,18 @@ def split_dense(
         expected = f"[num_tokens > {hidden_size}, hidden_size={hidden_size}]"
         raise shape_error(_OP, "calibration", expected, calibration)
 
+    if grouping not in ("importance", "order", "clusters"):
+        raise value_error(_OP, "grouping", "one of importance, order, clusters", repr(grouping))
+
     tokens = calibration.to(gate_proj)
     neuron_activations = activation(tokens @ gate_proj.T, tokens @ up_proj.T)
-    neurons = group_neurons(neuron_activations, down_proj, num_experts)
+    if grouping == "importance":
+        neurons = group_neurons(neuron_activations, down_proj, num_experts)
+    elif grouping == "clusters":
+        order = neuron_importance(neuron_activations, down_proj).argsort(descending=True, stable=True)
+        neurons = cluster_neurons(gate_proj, order[:num_experts])
+    else:
+        neurons = torch.arange(num_neurons, device=gate_proj.device).view(num_experts, -1)
     output_lengths = expert_output_lengths(neuron_activations, down_proj, neurons)
     weight, bias = fit_router(tokens, output_lengths, ridge)
 
@@ -96,9 +118,46 @@ def group_neurons(neuron_activations: Tensor, down_proj: Tensor, num_experts: in
     Returns:
         [num_experts, num_neurons / num_experts] int64, the neurons of each expert in rising order.
     """
-    importance = neuron_activations.float().square().mean(0) * down_proj.float().square().sum(0)
-    order = importance.argsort(descending=True, stable=True)
+    order = neuron_importance(neuron_activations, down_proj).argsort(descending=True, stable=True)
     return order.view(num_experts, -1).sort(1).values
+
+
+def neuron_importance(neuron_activations: Tensor, down_proj: Tensor) -> Tensor:
+    """``mean(a_i²) * |d_i|²``, the expected squared length of what each neuron adds: [num_neurons] in float32."""
+    return neuron_activations.float().square().mean(0) * down_proj.float().square().sum(0)
+
+
+def cluster_neurons(weights: Tensor, starts: Tensor, *, num_rounds: int = 10) -> Tensor:
+    """Balanced k-means of the rows of ``weights``, scaled to length 1.
+
+    Each round pairs neurons with clusters, nearest pairs first, until every cluster is full, and moves the clusters to
+    their means; it ends early when nothing moves.
+
+    Args:
+        weights: [num_neurons, size].
+        starts: [num_clusters], the neurons where the clusters start; their number divides num_neurons.
+        num_rounds: the most rounds.
+
+    Returns:
+        [num_clusters, num_neurons / num_clusters] int64, the neurons of each cluster in rising order. Deterministic.
+    """
+    rows = torch.nn.functional.normalize(weights.double(), dim=1).cpu()
+    num_neurons, num_clusters = rows.shape[0], starts.numel()
+    size = num_neurons // num_clusters
+    centers, found = rows[starts.cpu()], None
+    for _ in range(num_rounds):
+        home, room = [-1] * num_neurons, [size] * num_clusters
+        for pair in torch.cdist(rows, centers).flatten().argsort(stable=True).tolist():
+            neuron, cluster = divmod(pair, num_clusters)
+            if home[neuron] < 0 and room[cluster]:
+                home[neuron] = cluster
+                room[cluster] -= 1
+        clusters = torch.tensor(home).argsort(stable=True).view(num_clusters, size)
+        if found is not None and torch.equal(clusters, found):
+            break
+        found = clusters
+        centers = rows[clusters].mean(1)
+    return found.to(weights.device)
 
 
 def expert_output_lengths(neuron_activations: Tensor, down_proj: Tensor, neurons: Tensor) -> Tensor:
@@ -142,15 +201,16 @@ def recognize_activation(act_fn) -> Activation:
     raise value_error(_OP, "mlp.act_fn", f"one of {', '.join(KINDS)}", name)
 
 
-def _dense_weights(mlp: nn.Module) -> list[Tensor]:
+def dense_weights(op: str, mlp: nn.Module) -> list[Tensor]:
+    """gate, up and down weights of a gated feed-forward layer without biases; refuses any other."""
     weights = []
     for name in _PROJECTIONS:
         projection = getattr(mlp, name, None)
         if not isinstance(projection, nn.Linear):
-            raise value_error(_OP, f"mlp.{name}", "an nn.Linear", type(projection).__name__)
+            raise value_error(op, f"mlp.{name}", "an nn.Linear", type(projection).__name__)
         if projection.bias is not None:
-            raise value_error(_OP, f"mlp.{name}", "without bias", "one with bias")
+            raise value_error(op, f"mlp.{name}", "without bias", "one with bias")
         weights.append(projection.weight)
     if not hasattr(mlp, "act_fn"):
-        raise value_error(_OP, "mlp.act_fn", "the activation of the layer", "a module without it")
+        raise value_error(op, "mlp.act_fn", "the activation of the layer", "a module without it")
     return weights
