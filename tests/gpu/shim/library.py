@@ -1,0 +1,117 @@
+"""The CUDA sources compiled by g++ against the execution model of simt.h, as ops on CPU tensors."""
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+ROOT = Path(__file__).parents[3]
+SHIM = Path(__file__).parent
+BUILD = ROOT / "build" / "simt"
+
+#: one build for each way of looking; ThreadSanitizer sees the kernels, not the scheduler (simt.cpp says why)
+FLAVOURS = {
+    "plain": ["-O2"],
+    "asan": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"],
+    "tsan": ["-O1", "-g", "-fsanitize=thread"],
+    "ucontext": ["-O2", "-DSIMT_UCONTEXT"],
+}
+WARNINGS = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-psabi"]
+
+
+def flavour() -> str:
+    """The build that this process tests with."""
+    return os.environ.get("MOE_KERNELS_TEST_SIMT", "plain")
+
+
+def missing_reason() -> str | None:
+    """Why the CUDA sources cannot run on this machine's CPU, or None when they can."""
+    return None if shutil.which("g++") else "g++ is not installed"
+
+
+def _flags(source: Path, flavour: str) -> list[str]:
+    flags = list(FLAVOURS[flavour])
+    if source.name == "simt.cpp" and flavour == "tsan":
+        flags = ["-O1", "-g", "-DSIMT_TSAN"]
+    return ["-x", "c++", "-std=c++20", "-fPIC", *flags, *WARNINGS]
+
+
+def _compile(source: Path, flavour: str, includes: list[str], defines: list[str]) -> Path:
+    """Object file of one source, compiled unless there is one of the same preprocessed text and flags."""
+    command = ["g++", *_flags(source, flavour), *defines, *includes]
+    text = subprocess.run([*command, "-E", str(source)], check=True, capture_output=True).stdout
+    digest = hashlib.sha256(text + "\0".join(command).encode()).hexdigest()[:16]
+    target = BUILD / flavour / f"{source.stem}-{digest}.o"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, "-c", str(source), "-o", str(partial)], check=True)
+        partial.rename(target)
+    return target
+
+
+def build(sources: list[Path], name: str, flavour: str, *, program: bool = False, defines: tuple[str, ...] = ()) -> Path:
+    """A shared library (or a program) of ``sources`` and the scheduler, in BUILD; rebuilt only when something changed."""
+    torch_root = Path(torch.__file__).parent
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{SHIM}", "-isystem", str(torch_root / "include")]
+    definitions = ["-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-D{define}" for define in defines)]
+    objects = [_compile(source, flavour, includes, definitions) for source in [*sources, SHIM / "simt.cpp"]]
+    digest = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
+    target = BUILD / flavour / (f"{name}-{digest}" if program else f"lib{name}-{digest}.so")
+    if not target.exists():
+        sanitizers = [flag for flag in FLAVOURS[flavour] if flag.startswith("-fsanitize")]
+        partial = target.with_suffix(f".{os.getpid()}")
+        kind = [] if program else ["-shared", str(torch_root / "lib" / "libtorch_cpu.so")]
+        subprocess.run(["g++", *sanitizers, *map(str, objects), *kind, "-o", str(partial)], check=True)
+        partial.rename(target)
+    return target
+
+
+def cuda_sources() -> list[Path]:
+    return sorted((ROOT / "csrc" / "ops").glob("*/*_cuda.cu"))
+
+
+@functools.cache
+def load(namespace: str = "moe_kernels_simt") -> ctypes.CDLL:
+    """Defines the ops that have CUDA kernels once more, in ``namespace``, and loads their kernels for CPU tensors."""
+    path = build(cuda_sources(), namespace, flavour())
+    for name in op_names():
+        schema = str(getattr(torch.ops.moe_kernels, name).default._schema).split("(", 1)[1]
+        torch.library.define(f"{namespace}::{name}", "(" + schema)
+        torch.library.register_fake(f"{namespace}::{name}", getattr(torch.ops.moe_kernels, name).default)
+    torch.ops.load_library(str(path))
+    return ctypes.CDLL(str(path))
+
+
+def set_seed(seed: int) -> None:
+    """Another seed is another order of blocks and threads."""
+    load().simt_set_seed(ctypes.c_uint64(seed))
+
+
+def native_modules() -> list[ModuleType]:
+    from moe_kernels.ops.permute import native as permute
+
+    return [permute]
+
+
+def op_names() -> list[str]:
+    return [name for module in native_modules() for name in vars(module) if is_op(getattr(module, name))]
+
+
+def is_op(value: object) -> bool:
+    return isinstance(value, torch._ops.OpOverload)
+
+
+def redirect(monkeypatch, namespace: str = "moe_kernels_simt") -> None:
+    """Makes the handles in the rooms' native.py those of the CUDA kernels on the CPU."""
+    load(namespace)
+    for module in native_modules():
+        for name, value in list(vars(module).items()):
+            if is_op(value):
+                monkeypatch.setattr(module, name, getattr(getattr(torch.ops, namespace), name).default)
