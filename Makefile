@@ -7,7 +7,7 @@ VENV_CPU ?= .venv-cpu
 MAX_JOBS ?= $(shell nproc)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(MAX_JOBS)
 
-SOURCES := $(shell find csrc python -name '*.py' -o -name '*.cpp' -o -name '*.h') CMakeLists.txt pyproject.toml
+SOURCES := $(shell find csrc python -name '*.py' -o -name '*.cpp' -o -name '*.cu*' -o -name '*.h') CMakeLists.txt pyproject.toml
 EXTRAS := "transformers>=5.23" accelerate gguf safetensors tqdm rich matplotlib ruff
 # without a build environment of its own: pip would install a second PyTorch there
 INSTALL = -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps

@@ -23,7 +23,7 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture
-def backend(kernel_id, monkeypatch):
+def backend(kernel_id, request, monkeypatch):
     """Name of the backend, ready for use: kernels are there, new tensors are made where they run.
 
     ids: native-cpu, native-cuda, triton-cuda; triton-cpu is Triton's interpreter (TRITON_INTERPRET=1); native-simt is
@@ -35,7 +35,7 @@ def backend(kernel_id, monkeypatch):
 
         reason = library.missing_reason()
     else:
-        reason = _dispatch.missing_reason(name, device)
+        reason = _dispatch.missing_reason(getattr(request.module, "OP", ""), name, device)
     if device == "cuda" and not torch.cuda.is_available():
         reason = "no GPU"
     if reason is not None:

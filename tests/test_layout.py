@@ -17,7 +17,8 @@ ALLOWED = {
     "_extension": set(),
     "_dispatch": {"_extension", "env"},
     "native": set(),
-    "autograd": {"native", "activation"},
+    "triton": set(),
+    "autograd": {"native", "triton", "activation"},
     "reference": {"activation"},
     "api": {"_checks", "_dispatch", "activation", "autograd", "native", "reference"},
 }

@@ -14,6 +14,7 @@ import torch
 ROOT = Path(__file__).parents[3]
 SHIM = Path(__file__).parent
 BUILD = ROOT / "build" / "simt"
+NAMESPACE = "moe_kernels_simt"  # of MOE_CUDA_LIBRARY in csrc/common/cuda_launch.cuh
 
 #: one build for each way of looking; ThreadSanitizer sees the kernels, not the scheduler (simt.cpp says why)
 FLAVOURS = {
@@ -74,17 +75,20 @@ def build(sources: list[Path], name: str, flavour: str, *, program: bool = False
 
 
 def cuda_sources() -> list[Path]:
-    return sorted((ROOT / "csrc" / "ops").glob("*/*_cuda.cu"))
+    """Every .cu of the library; one may be replaced by a changed copy (exercise.py)."""
+    changed = Path(os.environ.get("MOE_KERNELS_TEST_SIMT_SOURCE") or "none")
+    sources = sorted((ROOT / "csrc" / "ops").glob("*/*_cuda.cu"))
+    return [changed if source.name == changed.name else source for source in sources]
 
 
 @functools.cache
-def load(namespace: str = "moe_kernels_simt") -> ctypes.CDLL:
-    """Defines the ops that have CUDA kernels once more, in ``namespace``, and loads their kernels for CPU tensors."""
-    path = build(cuda_sources(), namespace, flavour())
+def load() -> ctypes.CDLL:
+    """Defines the ops that have CUDA kernels once more, in a namespace beside ours, with those kernels for CPU tensors."""
+    path = build(cuda_sources(), NAMESPACE, flavour())
     for name in op_names():
         schema = str(getattr(torch.ops.moe_kernels, name).default._schema).split("(", 1)[1]
-        torch.library.define(f"{namespace}::{name}", "(" + schema)
-        torch.library.register_fake(f"{namespace}::{name}", getattr(torch.ops.moe_kernels, name).default)
+        torch.library.define(f"{NAMESPACE}::{name}", "(" + schema)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", getattr(torch.ops.moe_kernels, name).default)
     torch.ops.load_library(str(path))
     return ctypes.CDLL(str(path))
 
@@ -108,10 +112,10 @@ def is_op(value: object) -> bool:
     return isinstance(value, torch._ops.OpOverload)
 
 
-def redirect(monkeypatch, namespace: str = "moe_kernels_simt") -> None:
+def redirect(monkeypatch) -> None:
     """Makes the handles in the rooms' native.py those of the CUDA kernels on the CPU."""
-    load(namespace)
+    load()
     for module in native_modules():
         for name, value in list(vars(module).items()):
             if is_op(value):
-                monkeypatch.setattr(module, name, getattr(getattr(torch.ops, namespace), name).default)
+                monkeypatch.setattr(module, name, getattr(getattr(torch.ops, NAMESPACE), name).default)
