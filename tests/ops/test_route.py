@@ -174,8 +174,8 @@ def test_bad_input():
 def test_registration(backend):
     logits = torch.randn(5, 8)
     ids, weights = route(logits, 2)
-    torch.library.opcheck(native.route, (logits, torch.zeros(8), 2, 1, True, 1.0, 2, 1, 0))
-    torch.library.opcheck(native.route_backward, (weights, logits, ids, 0, False, 1.0))
+    torch.library.opcheck(native.route, (logits, torch.zeros(8), 2, 1, True, 1.0, 2, 1, 0, 1))
+    torch.library.opcheck(native.route_backward, (weights, logits, ids, 0, False, 1.0, 1))
 
 
 def test_compile(backend):

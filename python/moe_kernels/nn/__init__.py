@@ -1,6 +1,21 @@
-"""Drop-in modules made of the ops."""
+"""Drop-in modules made of the ops, and what makes them from dense models."""
 
-from moe_kernels.nn.feed_forward import MoEFeedForward
+from moe_kernels.nn.attention import MoEAttention
+from moe_kernels.nn.cosine_router import CosineRouter
+from moe_kernels.nn.feed_forward import MoEFeedForward, Routed
+from moe_kernels.nn.prune import merge_experts, prune_experts
 from moe_kernels.nn.split import split_dense
+from moe_kernels.nn.statistics import ModuleStatistics
+from moe_kernels.nn.upcycle import upcycle
 
-__all__ = ["MoEFeedForward", "split_dense"]
+__all__ = [
+    "CosineRouter",
+    "MoEAttention",
+    "MoEFeedForward",
+    "ModuleStatistics",
+    "Routed",
+    "merge_experts",
+    "prune_experts",
+    "split_dense",
+    "upcycle",
+]

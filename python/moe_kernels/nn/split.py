@@ -51,7 +51,7 @@ def split_dense(
     Returns:
         A :class:`MoEFeedForward` with ``weighted=False``, device and dtype of ``mlp``. Deterministic.
     """
-    gate_proj, up_proj, down_proj = _dense_weights(mlp)
+    gate_proj, up_proj, down_proj = dense_weights(_OP, mlp)
     activation = recognize_activation(mlp.act_fn)
     num_neurons, hidden_size = gate_proj.shape
     if num_experts < 1 or num_neurons % num_experts:
@@ -142,15 +142,16 @@ def recognize_activation(act_fn) -> Activation:
     raise value_error(_OP, "mlp.act_fn", f"one of {', '.join(KINDS)}", name)
 
 
-def _dense_weights(mlp: nn.Module) -> list[Tensor]:
+def dense_weights(op: str, mlp: nn.Module) -> list[Tensor]:
+    """gate, up and down weights of a gated feed-forward layer without biases; refuses any other."""
     weights = []
     for name in _PROJECTIONS:
         projection = getattr(mlp, name, None)
         if not isinstance(projection, nn.Linear):
-            raise value_error(_OP, f"mlp.{name}", "an nn.Linear", type(projection).__name__)
+            raise value_error(op, f"mlp.{name}", "an nn.Linear", type(projection).__name__)
         if projection.bias is not None:
-            raise value_error(_OP, f"mlp.{name}", "without bias", "one with bias")
+            raise value_error(op, f"mlp.{name}", "without bias", "one with bias")
         weights.append(projection.weight)
     if not hasattr(mlp, "act_fn"):
-        raise value_error(_OP, "mlp.act_fn", "the activation of the layer", "a module without it")
+        raise value_error(op, "mlp.act_fn", "the activation of the layer", "a module without it")
     return weights

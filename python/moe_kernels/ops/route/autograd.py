@@ -1,4 +1,4 @@
-"""Gradient of the routing weights in the logits."""
+"""Gradient of the routing weights in the logits: one, whatever chose the experts."""
 
 import torch
 from torch import Tensor
@@ -7,16 +7,30 @@ from torch.autograd.function import once_differentiable
 from moe_kernels.ops.route import native
 
 
-class Route(torch.autograd.Function):
+class Routing(torch.autograd.Function):
     """Saves the logits and the chosen ids; the scores are recomputed.
 
-    With w the unscaled weights, g their gradient times scaling_factor and s the scores::
+    With w the unscaled weights, g their gradient times scaling_factor and s the scores, over the picks that weigh::
 
         renormalised:   ds_k = (g_k - sum_j g_j w_j) / (sum_j s_j + 1e-20)      otherwise ds_k = g_k
         softmax:        dlogits = s * (ds - sum_j ds_j s_j)
         sigmoid:        dlogits = ds * s * (1 - s)
     """
 
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor):
+        logits, topk_ids = ctx.saved_tensors
+        grad_logits = native.route_backward(grads[-1], logits, topk_ids, *ctx.arguments)
+        return grad_logits, *(None,) * (len(ctx.needs_input_grad) - 1)
+
+
+def _save(ctx, logits: Tensor, topk_ids: Tensor, score: int, renormalize: bool, scaling: float, num_null: int = 0):
+    ctx.save_for_backward(logits, topk_ids)
+    ctx.arguments = (score, renormalize, scaling, num_null)
+
+
+class Route(Routing):
     @staticmethod
     def forward(
         ctx,
@@ -29,17 +43,39 @@ class Route(torch.autograd.Function):
         num_groups: int,
         topk_groups: int,
         group_score: int,
+        num_null_experts: int,
     ) -> tuple[Tensor, Tensor]:
+        groups = (num_groups, topk_groups, group_score)
         topk_ids, topk_weights = native.route(
-            logits, expert_bias, top_k, score, renormalize, scaling_factor, num_groups, topk_groups, group_score
+            logits, expert_bias, top_k, score, renormalize, scaling_factor, *groups, num_null_experts
         )
-        ctx.save_for_backward(logits, topk_ids)
-        ctx.arguments = (score, renormalize, scaling_factor)
+        _save(ctx, logits, topk_ids, score, renormalize, scaling_factor, num_null_experts)
         ctx.mark_non_differentiable(topk_ids)
         return topk_ids, topk_weights
 
+
+class RouteWeights(Routing):
     @staticmethod
-    @once_differentiable
-    def backward(ctx, _, grad_weights: Tensor):
-        logits, topk_ids = ctx.saved_tensors
-        return native.route_backward(grad_weights, logits, topk_ids, *ctx.arguments), *(None,) * 8
+    def forward(ctx, logits: Tensor, topk_ids: Tensor, score: int, renormalize: bool, scaling_factor: float) -> Tensor:
+        _save(ctx, logits, topk_ids, score, renormalize, scaling_factor)
+        return native.route_weights(logits, topk_ids, score, renormalize, scaling_factor)
+
+
+class RouteTopP(Routing):
+    @staticmethod
+    def forward(
+        ctx, logits: Tensor, top_p: float, max_experts: int, renormalize: bool, scaling_factor: float
+    ) -> tuple[Tensor, Tensor]:
+        topk_ids, topk_weights = native.route_top_p(logits, top_p, max_experts, renormalize, scaling_factor)
+        _save(ctx, logits, topk_ids, 0, renormalize, scaling_factor)
+        ctx.mark_non_differentiable(topk_ids)
+        return topk_ids, topk_weights
+
+
+class RouteExpertChoice(Routing):
+    @staticmethod
+    def forward(ctx, logits: Tensor, capacity: int, scaling_factor: float) -> tuple[Tensor, Tensor]:
+        topk_ids, topk_weights = native.route_expert_choice(logits, capacity, scaling_factor)
+        _save(ctx, logits, topk_ids, 0, False, scaling_factor)
+        ctx.mark_non_differentiable(topk_ids)
+        return topk_ids, topk_weights

@@ -1,0 +1,59 @@
+// Random routing on the CPU: the experts with the largest random numbers, drawn by counter, so that any process that
+// knows seed, step, layer and token draws the same.
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+
+#include "ops/route/route.h"
+
+namespace moe {
+namespace {
+
+// Philox4x32-10: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, uint32_t key0, uint32_t key1) {
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t product0 = uint64_t{0xD2511F53} * counter[0];
+    const uint64_t product1 = uint64_t{0xCD9E8D57} * counter[2];
+    counter = {static_cast<uint32_t>(product1 >> 32) ^ counter[1] ^ key0, static_cast<uint32_t>(product1),
+               static_cast<uint32_t>(product0 >> 32) ^ counter[3] ^ key1, static_cast<uint32_t>(product0)};
+    key0 += 0x9E3779B9;
+    key1 += 0xBB67AE85;
+  }
+  return counter;
+}
+
+Tensor route_random_cpu(const Tensor& token_ids_in, int64_t num_experts, int64_t top_k, int64_t seed, int64_t step,
+                        int64_t layer) {
+  MOE_CHECK(token_ids_in.dim() == 1 && token_ids_in.scalar_type() == ScalarType::Long,
+            "route_random: token_ids must be int64 of shape [num_tokens]");
+  MOE_CHECK(top_k >= 0 && top_k <= num_experts, "route_random: top_k must be in [0, num_experts=", num_experts,
+            "], got ", top_k);
+  const Tensor token_ids = torch::stable::contiguous(token_ids_in);
+  const int64_t num_tokens = token_ids.size(0);
+  Tensor topk_ids = torch::stable::new_empty(token_ids, {num_tokens, top_k}, ScalarType::Int);
+  const int64_t* tokens = data<int64_t>(token_ids);
+  int32_t* ids = mutable_data<int32_t>(topk_ids);
+  const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(step);
+  parallel_ranges(num_tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
+    Scratch scratch;
+    double* draws = scratch.take<double>(num_experts);  // double holds every uint32
+    double* best = scratch.take<double>(top_k);
+    for (int64_t t = begin; t < end; ++t) {
+      const uint64_t token = static_cast<uint64_t>(tokens[t]);
+      for (int64_t first = 0; first < num_experts; first += 4) {
+        const std::array<uint32_t, 4> block =
+            philox({static_cast<uint32_t>(token), static_cast<uint32_t>(token >> 32),
+                    static_cast<uint32_t>(first / 4), static_cast<uint32_t>(layer)},
+                   key0, key1);
+        for (int64_t i = 0; i < 4 && first + i < num_experts; ++i) draws[first + i] = block[i];
+      }
+      largest(draws, num_experts, top_k, ids + t * top_k, best);
+    }
+  });
+  return topk_ids;
+}
+
+}  // namespace
+}  // namespace moe
+
+STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) { m.impl("route_random", TORCH_BOX(&moe::route_random_cpu)); }
