@@ -18,7 +18,7 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
 }
 
 #: ops that have kernels in CUDA C++ and in Triton; every op has native kernels for the CPU
-CUDA_OPS = TRITON_OPS = frozenset({"plan_dispatch", "permute", "unpermute"})
+CUDA_OPS = TRITON_OPS = frozenset({"plan_dispatch", "permute", "unpermute", "route", "route_weights"})
 
 _BACKENDS = ("auto", "reference", "native", "triton")
 _DEFAULT = env.variable("MOE_KERNELS_BACKEND")

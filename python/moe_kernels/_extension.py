@@ -31,7 +31,8 @@ _cpu_missing_reason = _load("libmoe_kernels_cpu.so", "the package was not built;
 if _cpu_missing_reason is None and _host is not None:
     _host.chosen_isa()  # a wrong MOE_KERNELS_CPU_ISA is reported by the import, not by the first op
 _cuda_missing_reason = _load(
-    "libmoe_kernels_cuda.so", "the package was built without nvcc or for a PyTorch without CUDA; install both and rebuild"
+    "libmoe_kernels_cuda.so",
+    "the package was built without nvcc or for a PyTorch without CUDA; install both and rebuild",
 )
 
 

@@ -234,6 +234,7 @@ def test_registration(backend):
 def test_compile(backend, kernel_id):
     if kernel_id == "triton-cpu":
         pytest.skip("Triton's interpreter cannot be traced")
+
     def layer(x, topk_ids, topk_weights):
         plan = plan_dispatch(topk_ids, 4, backend=backend)
         return unpermute(permute(x, plan, backend=backend) * 2, plan, topk_weights, backend=backend)

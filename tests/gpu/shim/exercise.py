@@ -62,6 +62,33 @@ def exercise_permute(seed: int) -> None:
     assert empty.expert_offsets.tolist() == [0] * 4
 
 
+def exercise_route(seed: int) -> None:
+    import torch
+
+    from moe_kernels import route, route_weights
+    from tests.ops.helpers import check
+
+    # registers of a lane: 2, 8, 16 and none; a token more than the blocks have warps
+    for num_experts in (12, 200, 300, 600):
+        for arguments in (
+            dict(top_k=3, renormalize=True),
+            dict(top_k=3, scaling_factor=2.5, num_null_experts=num_experts - 2),
+            dict(
+                top_k=4, score="sigmoid", num_groups=4, topk_groups=2, group_score="top2_sum",
+                expert_bias=0.1 * torch.randn(num_experts),
+            ),
+        ):  # fmt: skip
+            logits = torch.randn(9, num_experts)
+            ids, _ = route(logits, **arguments, backend="native")
+            assert torch.equal(ids, route(logits, **arguments, backend="reference")[0]), "route"
+            check(lambda x, backend, a=arguments: route(x, **a, backend=backend)[1], [logits], "native")
+            check(
+                lambda x, backend, ids=ids: route_weights(x, ids, renormalize=True, backend=backend), [logits], "native"
+            )
+    ties = torch.zeros(5, 40)
+    assert route(ties, 3, backend="native")[0].tolist() == [[0, 1, 2]] * 5, "ties"
+
+
 def main() -> None:
     if "--build" in sys.argv:
         from tests.gpu.shim import library
@@ -82,6 +109,7 @@ def main() -> None:
             library.set_seed(seed)
             torch.manual_seed(seed)
             exercise_permute(seed)
+            exercise_route(seed)
 
 
 if __name__ == "__main__":

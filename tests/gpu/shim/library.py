@@ -4,6 +4,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -57,7 +58,9 @@ def _compile(source: Path, flavour: str, includes: list[str], defines: list[str]
     return target
 
 
-def build(sources: list[Path], name: str, flavour: str, *, program: bool = False, defines: tuple[str, ...] = ()) -> Path:
+def build(
+    sources: list[Path], name: str, flavour: str, *, program: bool = False, defines: tuple[str, ...] = ()
+) -> Path:
     """A shared library (or a program) of ``sources`` and the scheduler, in BUILD; rebuilt only when something changed."""
     torch_root = Path(torch.__file__).parent
     includes = [f"-I{ROOT / 'csrc'}", f"-I{SHIM}", "-isystem", str(torch_root / "include")]
@@ -100,22 +103,20 @@ def set_seed(seed: int) -> None:
 
 def native_modules() -> list[ModuleType]:
     from moe_kernels.ops.permute import native as permute
+    from moe_kernels.ops.route import native as route
 
-    return [permute]
+    return [permute, route]
 
 
 def op_names() -> list[str]:
-    return [name for module in native_modules() for name in vars(module) if is_op(getattr(module, name))]
-
-
-def is_op(value: object) -> bool:
-    return isinstance(value, torch._ops.OpOverload)
+    """Ops that the CUDA sources register kernels for."""
+    return [name for source in cuda_sources() for name in re.findall(r'm\.impl\("(\w+)"', source.read_text())]
 
 
 def redirect(monkeypatch) -> None:
     """Makes the handles in the rooms' native.py those of the CUDA kernels on the CPU."""
     load()
     for module in native_modules():
-        for name, value in list(vars(module).items()):
-            if is_op(value):
+        for name in op_names():
+            if hasattr(module, name):
                 monkeypatch.setattr(module, name, getattr(getattr(torch.ops, NAMESPACE), name).default)

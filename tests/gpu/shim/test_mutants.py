@@ -7,9 +7,9 @@ from tests.gpu.shim.exercise import run
 
 pytestmark = pytest.mark.skipif(library.missing_reason() is not None, reason=str(library.missing_reason()))
 
-PLAN, PERMUTE = "plan_dispatch_cuda.cu", "permute_cuda.cu"
+PLAN, PERMUTE, ROUTE = "plan_dispatch_cuda.cu", "permute_cuda.cu", "route_cuda.cu"
 
-#: source, what is taken out, what comes in, how often it occurs before the one meant, the build that must see it
+#: source, what is taken out, what comes in, the build that must see it
 MUTANTS = {
     # barriers
     "count: no barrier after zeroing": (PLAN, "counts[e] = 0;\n    __syncthreads();", "counts[e] = 0;", "tsan"),
@@ -26,11 +26,14 @@ MUTANTS = {
     "scatter: no barrier before ranks": (
         PLAN, "histogram[i] = 0;\n    __syncthreads();", "histogram[i] = 0;", "plain",
     ),
-    "scatter: no barrier after first rows": (PLAN, "      }\n    __syncthreads();", "      }", "plain"),
+    "scatter: no barrier after first rows": (
+        PLAN, "    }\n    __syncthreads();\n#pragma unroll\n    for (int i = 0; i < kPairsPerThread; ++i) {\n      if (experts",
+        "    }\n#pragma unroll\n    for (int i = 0; i < kPairsPerThread; ++i) {\n      if (experts", "plain",
+    ),
     "scatter: first __syncwarp": (
         PLAN, "+ before;\n      __syncwarp();", "+ before;", "plain",
     ),
-    "scatter: second __syncwarp": (PLAN, "__popc(same);\n      __syncwarp();", "__popc(same);", "plain"),
+    "scatter: second __syncwarp": (PLAN, "__popc(same);\n      __syncwarp();", "__popc(same);", "tsan"),
     "backward: no barrier after zeroing": (
         PERMUTE, "partial[i] = 0;\n    __syncthreads();", "partial[i] = 0;", "tsan",
     ),
@@ -41,7 +44,22 @@ MUTANTS = {
         PERMUTE, "    __syncthreads();\n    if (thread < num_pairs) {", "    if (thread < num_pairs) {\n __syncthreads();",
         "plain",
     ),
+    "route: group scores read before they are there": (
+        ROUTE, "  __syncwarp();\n  // a chosen", "  // a chosen", "tsan",
+    ),
+    "route: groups read before they are chosen": (
+        ROUTE, "  __syncwarp();\n#pragma unroll", "#pragma unroll", "tsan",
+    ),
     # masks and bounds
+    "route: no bound on tokens": (ROUTE, "if (token >= logits.num_tokens) return;", "", "asan"),
+    "route: lanes past the last expert": (
+        ROUTE, "e < logits.num_experts ? logits.load(token, e) : -kInfinity<Acc>", "logits.load(token, e)", "asan",
+    ),
+    "route: ties to the highest": (ROUTE, "other_id < id", "other_id > id", "plain"),
+    "route: group shared by all warps": (ROUTE, "all_group_scores + threadIdx.y * num_groups", "all_group_scores", "tsan"),
+    "route: group memory of one warp": (ROUTE, "? kWarps * num_groups *", "? num_groups *", "asan"),
+    "route: backward of null experts": (ROUTE, "id >= 0 && id < num_weighed", "id >= 0 && id < num_experts", "plain"),
+    "route: sum of one lane": (ROUTE, "scores.scale = Acc{1} / warp_sum(sum)", "scores.scale = Acc{1} / sum", "plain"),
     "plan: no bound on pairs": (PLAN, "if (pair >= num_pairs) return -1;", "", "asan"),
     "plan: no upper bound on ids": (PLAN, "id >= 0 && id < num_experts", "id >= 0", "asan"),
     "plan: no lower bound on ids": (PLAN, "id >= 0 && id < num_experts", "id < num_experts", "asan"),
