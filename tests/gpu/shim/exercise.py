@@ -14,28 +14,37 @@ from tests.gpu.shim.library import ROOT
 PRELOAD = {"plain": (), "asan": ("libasan.so", "libubsan.so"), "tsan": ("libtsan.so",), "ucontext": ()}
 
 
-def run(flavour: str, changed_source: Path | None = None) -> subprocess.CompletedProcess:
-    """This file in a fresh process; it exits with 0 where every result is right and no sanitizer complains."""
+def sanitized(command: list[str], flavour: str) -> tuple[list[str], dict[str, str]]:
+    """Command and environment under which a build of this flavour runs, in a program or loaded by Python."""
     libraries = [
         subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in PRELOAD[flavour]
     ]
     environment = {
         **os.environ,
-        "MOE_KERNELS_TEST_SIMT": flavour,
-        "MOE_KERNELS_TEST_SIMT_SOURCE": str(changed_source or ""),
-        "OMP_NUM_THREADS": "1",
+        "LD_PRELOAD": " ".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0:exitcode=99",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": "halt_on_error=1:exitcode=99",
     }
+    # ThreadSanitizer's shadow memory does not fit every random address space layout
+    return (["setarch", "-R", *command] if flavour == "tsan" else command), environment
+
+
+def run(flavour: str, changed_source: Path | None = None) -> subprocess.CompletedProcess:
+    """This file in a fresh process; it exits with 0 where every result is right and no sanitizer complains."""
     command = [sys.executable, "-m", "tests.gpu.shim.exercise"]
-    if flavour == "tsan":  # its shadow memory does not fit every random address space layout
-        command = ["setarch", "-R", *command]
+    settings = {
+        "MOE_KERNELS_TEST_SIMT": flavour,
+        "MOE_KERNELS_TEST_SIMT_SOURCE": str(changed_source or ""),
+        "OMP_NUM_THREADS": "1",
+    }
     # built before the sanitizer is preloaded: a compiler needs none
-    subprocess.run([*command[-3:], "--build"], cwd=ROOT, env=environment, check=True)
-    environment["LD_PRELOAD"] = " ".join(libraries)
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    subprocess.run([*command, "--build"], cwd=ROOT, env={**os.environ, **settings}, check=True)
+    command, environment = sanitized(command, flavour)
+    return subprocess.run(
+        command, cwd=ROOT, env={**environment, **settings}, capture_output=True, text=True, timeout=600
+    )
 
 
 def exercise_permute(seed: int) -> None:

@@ -1,5 +1,6 @@
 """Changed kernels must be caught: a bench that lets a mutant live proves nothing about the kernel it came from."""
 
+# ruff: noqa: E501
 import pytest
 
 from tests.gpu.shim import library

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 256  # pairs that one program ranks by comparing each with each
+CHUNK = 32
 BLOCK_EXPERTS = 128
 MAX_BLOCK_HIDDEN = 2048  # columns of one program
 
@@ -84,6 +85,7 @@ def _plan_scatter_kernel(
     token_stride,
     slot_stride,
     TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):
     """Row of each pair = first row of its tile and expert + its rank there. One program for each tile."""
     tile = tl.program_id(0)
@@ -91,12 +93,14 @@ def _plan_scatter_kernel(
     pairs = tile * TILE + places
     inside = pairs < num_pairs
     ids = _expert_of(ids_ptr, pairs, num_pairs, num_experts, top_k, token_stride, slot_stride)
-    # the same ids along the other axis: loaded again, which costs less than a change of layout through shared memory
-    other_ids = _expert_of(
-        ids_ptr, tile * TILE + tl.arange(0, TILE), num_pairs, num_experts, top_k, token_stride, slot_stride
-    )
-    before = (ids[:, None] == other_ids[None, :]) & (places[None, :] < places[:, None])
-    ranks = tl.sum(before.to(tl.int32), axis=1)
+    ranks = tl.zeros((TILE,), tl.int32)
+    # in chunks: each with each at once needs more registers than there are
+    for first in range(0, TILE, CHUNK):
+        others = first + tl.arange(0, CHUNK)
+        other_pairs = tile * TILE + others
+        other_ids = _expert_of(ids_ptr, other_pairs, num_pairs, num_experts, top_k, token_stride, slot_stride)
+        before = (ids[:, None] == other_ids[None, :]) & (others[None, :] < places[:, None])
+        ranks += tl.sum(before.to(tl.int32), axis=1)
     owned = ids >= 0
     rows = tl.load(tile_rows_ptr + tile.to(tl.int64) * num_experts + ids, mask=owned, other=0) + ranks
     tl.store(permuted_rows_ptr + pairs, tl.where(owned, rows, -1), mask=inside)
@@ -216,7 +220,7 @@ def plan_dispatch(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
         _plan_scan_kernel[(1,)](tile_rows, offsets, num_tiles, num_experts, BLOCK_EXPERTS=BLOCK_EXPERTS)
         if num_pairs > 0:
             arguments = (topk_ids, tile_rows, offsets, source_rows, permuted_rows, *sizes)
-            _plan_scatter_kernel[(num_tiles,)](*arguments, TILE=TILE)
+            _plan_scatter_kernel[(num_tiles,)](*arguments, TILE=TILE, CHUNK=CHUNK)
     return offsets, source_rows, permuted_rows
 
 
