@@ -17,6 +17,8 @@ constexpr int64_t kMaxSharedBytes = 48 << 10;  // what every GPU gives without a
 
 template <class Acc>
 constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
+template <class Acc>
+constexpr Acc kNaN = std::numeric_limits<Acc>::quiet_NaN();
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
@@ -143,7 +145,7 @@ __device__ __forceinline__ void keep_best_groups(Row<Acc, kPerLane>& choice, Acc
     Best<Acc> best{-kInfinity<Acc>, kNobody};
     for (int group = lane; group < num_groups; group += kWarpSize) best.offer(group_scores[group], group);
     best.over_warp();
-    if (best.id % kWarpSize == lane) group_scores[best.id] = std::numeric_limits<Acc>::quiet_NaN();
+    if (best.id % kWarpSize == lane) group_scores[best.id] = kNaN<Acc>;
   }
   __syncwarp();
 #pragma unroll
