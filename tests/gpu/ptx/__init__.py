@@ -5,9 +5,10 @@ order of summation, races on global memory, clusters, tcgen05. Blocks of one chu
 the other, so a block may not wait for a later one.
 """
 
+from .bulk import TensorMap
 from .compiler import Fault
 from .counters import Counters, report
 from .launch import compile_ptx, run_ptx
 from .parser import PtxError
 
-__all__ = ["Counters", "Fault", "PtxError", "compile_ptx", "report", "run_ptx"]
+__all__ = ["Counters", "Fault", "PtxError", "TensorMap", "compile_ptx", "report", "run_ptx"]

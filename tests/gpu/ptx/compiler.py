@@ -6,6 +6,7 @@ once for each kernel by the builder registered under its opcode's first word.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Callable
 
@@ -33,6 +34,19 @@ class Fault(Exception):
         self.kind, self.message, self.threads = kind, message, threads
         self.line: int | None = None
         self.located = False
+
+
+@contextlib.contextmanager
+def among(which: np.ndarray):
+    """A fault inside names threads among those of the mask ``which``; outside it names them among all."""
+    try:
+        yield
+    except Fault as fault:
+        if fault.threads is not None and not fault.located:
+            every = np.zeros(len(which), np.bool_)
+            every[np.flatnonzero(which)[np.asarray(fault.threads)]] = True
+            fault.threads = every
+        raise
 
 
 def operation(*names: str):
@@ -174,4 +188,4 @@ class Compiler:
         return lambda m, i: np.full(m.count(i), m.offset_of(variable) + offset, np.int64)
 
 
-__all__ = ["BUILDERS", "Compiler", "Fault", "operation", "F16", "F32", "F64"]
+__all__ = ["BUILDERS", "Compiler", "F16", "F32", "F64", "Fault", "among", "operation"]

@@ -9,7 +9,7 @@ from collections import Counter
 
 import numpy as np
 
-from . import alu, async_ops, memory_ops, tensor_ops
+from . import alu, mbarriers, memory_ops, tensor_ops, wgmma
 from .compiler import GLOBAL_BASE, Compiler, Fault
 from .control import CONTROL
 from .counters import Counters, classify
@@ -115,6 +115,7 @@ class Launch:
         self.issues = np.zeros(len(program.code), np.int64)
         self.conflicts: Counter = Counter()
         self.machine: Machine | None = None
+        self.tensor_maps: list = []
         self.memory = GlobalMemory(GLOBAL_BASE)
         for variable in program.module_variables:
             address = self.memory.add_bytes(max(variable.size, 1), variable.initial, variable.align)
@@ -233,4 +234,4 @@ def _finish(launch: Launch) -> Counters:
     return counters
 
 
-__all__ = ["Fault", "PtxError", "TYPE_SIZE", "alu", "async_ops", "compile_ptx", "run_ptx", "tensor_ops"]
+__all__ = ["Fault", "PtxError", "TYPE_SIZE", "alu", "mbarriers", "compile_ptx", "run_ptx", "tensor_ops", "wgmma"]

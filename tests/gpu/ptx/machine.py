@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import bulk
 from .compiler import Fault
 from .memory import Space
 from .parser import Kernel
@@ -54,7 +55,12 @@ class Machine:
         self.shadow = RaceShadow(self.shared, self.warps_per_block, program.granule)
         self.copies: list = []  # cp.async that were issued and not waited for
         self.copy_group = np.zeros(self.n, np.int32)  # how many groups each thread has committed
-        self.asynchronous: dict = {}  # what wgmma and TMA keep, by kind
+        self.mbarriers: dict = {}  # (block, offset) to its state
+        self.bulk_copies: list = []  # copies out of shared memory
+        self.bulk_group = np.zeros(self.n, np.int32)
+        self.wgmma_queue: list = []
+        self.wgmma_group = np.zeros(self.n >> 5, np.int32)
+        self.accumulators: dict = {}
         self._specials = self._special_values(in_block, (x, y, z))
 
     def _special_values(self, in_block, block) -> dict[str, np.ndarray]:
@@ -111,6 +117,7 @@ class Machine:
         while True:
             picked = self._pick()
             if picked is None:
+                bulk.finish_kernel(self)
                 return
             self._straight(*picked)
 
@@ -258,12 +265,25 @@ class Machine:
         return bits[index >> 5]
 
     def stall(self, index: np.ndarray, pc: int) -> None:
+        """Threads wait at ``pc`` for others of their warp."""
         self.pc[index] = pc
+        self.launch.issues[pc] -= len(np.unique(index >> 5))  # it will be issued again
         waiting = (self.status == STALLED) & (self.pc == pc)
         warps = np.zeros(self.n >> 5, np.bool_)
         warps[self.warp_of[index]] = True
         waiting &= np.repeat(warps, 32)
         # others of the warp already wait here: all of them try again together
+        self.status[index] = RUNNABLE if waiting.any() else STALLED
+        self.status[waiting] = RUNNABLE
+
+    def stall_group(self, index: np.ndarray, pc: int) -> None:
+        """As :meth:`stall`, where the warps of a warpgroup wait for each other."""
+        self.pc[index] = pc
+        self.launch.issues[pc] -= len(np.unique(index >> 5))
+        waiting = (self.status == STALLED) & (self.pc == pc)
+        waiting[index] = False
+        groups = self.block_of * 32 + self.ids % self.threads_per_block // 128
+        waiting &= np.isin(groups, groups[index])
         self.status[index] = RUNNABLE if waiting.any() else STALLED
         self.status[waiting] = RUNNABLE
 

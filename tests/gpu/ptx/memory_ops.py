@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compiler import GLOBAL_BASE, LOCAL_BASE, PARAM_BASE, SHARED_BASE, WINDOW, Fault, operation
+from .compiler import GLOBAL_BASE, LOCAL_BASE, PARAM_BASE, SHARED_BASE, WINDOW, Fault, among, operation
 from .counters import SECTOR, count_sectors, wavefronts
 from .formats import DTYPE, FLOATS, PACKED, STORAGE, U32, U64, narrow, widen
 from .parser import TYPE_SIZE, Addr, Imm, Instruction, PtxError, Reg, Sym, Vec
@@ -137,7 +137,8 @@ def build_load(ins, c):
             return
         out = np.empty((len(ids), count), STORAGE[width])
         for name, offsets, which in split_generic(addresses):
-            out[which] = load(m, name, offsets, ids[which], width, count, strong)
+            with among(which):
+                out[which] = load(m, name, offsets, ids[which], width, count, strong)
         deliver(m, i, out)
 
     return run
@@ -166,7 +167,8 @@ def build_store(ins, c):
             store(m, space, addresses - (GLOBAL_BASE if space == "global" else 0), ids, values, width, strong)
             return
         for name, offsets, which in split_generic(addresses):
-            store(m, name, offsets, ids[which], values[which], width, strong)
+            with among(which):
+                store(m, name, offsets, ids[which], values[which], width, strong)
 
     return run
 
@@ -293,7 +295,8 @@ def build_atomic(ins, c):
             arguments = [np.broadcast_to(column[element](m, i), len(ids)) for column in reads]
             out = np.empty(len(ids), dtype)
             for name, offsets, which in parts:
-                out[which] = one(m, name, offsets + element * width, ids[which], [a[which] for a in arguments])
+                with among(which):
+                    out[which] = one(m, name, offsets + element * width, ids[which], [a[which] for a in arguments])
             if targets:
                 targets[element](m, i, out)
         for name, offsets, which in parts:
@@ -308,7 +311,7 @@ def build_atomic(ins, c):
 @operation("cp")
 def build_copy(ins, c):
     if "bulk" in ins.flags:
-        from .async_ops import build_bulk
+        from .bulk import build_bulk
 
         return build_bulk(ins, c)
     if ins.has("commit_group"):
@@ -321,9 +324,9 @@ def build_copy(ins, c):
         keep = ins.operands[0].value if ins.has("wait_group") else 0
         return lambda m, i: finish_copies(m, m.ids[i], keep, include_open=ins.has("wait_all"))
     if ins.has("mbarrier"):
-        from .async_ops import build_copy_arrive
+        from .mbarriers import copy_arrive
 
-        return build_copy_arrive(ins, c)
+        return copy_arrive(ins, c)
     return _build_async_copy(ins, c)
 
 
@@ -350,10 +353,12 @@ def _build_async_copy(ins, c):
         data = np.zeros((len(ids), size), np.uint8)
         whole = taken == size
         if whole.any():
-            data[whole] = m.global_memory.load(sources[whole], None, 4, size // 4).view(np.uint8)
+            with among(whole):
+                data[whole] = m.global_memory.load(sources[whole], None, 4, size // 4).view(np.uint8)
             count_global(m, sources[whole], ids[whole], size, False)
         for at in np.flatnonzero((taken > 0) & ~whole):
-            part = m.global_memory.load(sources[at : at + 1] + np.arange(taken[at]), None, 1)
+            with among(np.arange(len(ids)) == at):
+                part = m.global_memory.load(sources[at : at + 1] + np.arange(taken[at]), None, 1)
             data[at, : taken[at]] = part[:, 0]
             count_global(m, sources[at : at + 1], ids[at : at + 1], int(taken[at]), False)
         window = m.block_of[ids]

@@ -1,11 +1,12 @@
 """Races on shared memory, found by vector clocks rather than by luck of the schedule.
 
 Each warp has a clock that advances when it synchronises, and knows how far it has seen every other warp's. Each
-granule of shared memory remembers its last write and, for each warp, its last read. An access to a granule whose last write (or,
-for a write, last read) lies beyond what the warp has seen is a race, whatever the values. Barriers, mbarriers and warp
-barriers are the only things that let a warp see another. One more agent for each block stands for the copy engine, and
-a copy or a wgmma in flight has clock ``IN_FLIGHT``, which nobody has seen. Between lanes of one warp, a read of what
-another lane wrote needs a warp barrier between them; a write after another lane's read is not looked for.
+granule of shared memory remembers its last write and, for each warp, its last read. An access to a granule whose last
+write (or, for a write, last read) lies beyond what the warp has seen is a race, whatever the values. Barriers,
+mbarriers and warp barriers are the only things that let a warp see another. One more agent for each block stands for
+the copy engine, and a copy or a wgmma in flight has clock ``IN_FLIGHT``, which nobody has seen. Between lanes of one
+warp, a read of what another lane wrote needs a warp barrier between them; a write after another lane's read is not
+looked for.
 
 The async proxy (wgmma, TMA) sees what the generic proxy wrote only after ``fence.proxy.async``: a second clock for each
 warp holds how far such fences have covered.
