@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .compiler import GLOBAL_BASE, PARAM_BASE, WINDOW, Fault
+from .compiler import GLOBAL_BASE, PARAM_BASE, WINDOW, Fault, naming
 from .counters import SECTOR
 from .mbarriers import complete_bytes, find, shared_offset
 from .parser import PtxError
@@ -139,10 +139,11 @@ def _shared_bytes(m, thread: int, offset: int, size: int, width: int, write: boo
     chunks = offset + np.arange(0, size, 16)
     chunks = swizzle(chunks, width) if width else chunks
     window = np.full(len(chunks), block)
-    if write:
-        m.shared.store(chunks, window, np.full((len(chunks), 2), 2**64 - 1, np.uint64), 8)
-    else:
-        m.shared.load(chunks, window, 8, 2)
+    with naming(np.full(len(chunks), thread)):
+        if write:
+            m.shared.store(chunks, window, np.full((len(chunks), 2), 2**64 - 1, np.uint64), 8)
+        else:
+            m.shared.load(chunks, window, 8, 2)
     flat = chunks + block * m.shared.stride
     return (flat[:, None] + np.arange(16)).ravel()[:size], flat
 
@@ -186,7 +187,8 @@ def _plain_load(ins, c):
         ):
             _aligned(offset | count | address, 16, thread)
             places = address - GLOBAL_BASE + np.arange(count)
-            raw = m.global_memory.load(places, None, 1)[:, 0]
+            with naming(np.full(count, thread)):
+                raw = m.global_memory.load(places, None, 1)[:, 0]
             _count(m, places, 1, False)
             flat, chunks = _shared_bytes(m, thread, offset, count, 0, True)
             _land(m, thread, flat, raw, chunks, barrier)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from . import parser
-from .formats import DTYPE, F16, F32, F64, STORAGE, U16, U32, U64, f32_to_bf16
+from .formats import DTYPE, F32, F64, STORAGE, U16, U32, U64, f32_to_bf16
 from .parser import Imm, Instruction, Kernel, Not, Pair, PtxError, Reg, Sink, Special, Sym, Vec
 
 BUILDERS: dict[str, Callable] = {}
@@ -37,15 +37,13 @@ class Fault(Exception):
 
 
 @contextlib.contextmanager
-def among(which: np.ndarray):
-    """A fault inside names threads among those of the mask ``which``; outside it names them among all."""
+def naming(ids: np.ndarray):
+    """A fault inside marks rows of an access; outside it names the threads ``ids`` of those rows."""
     try:
         yield
     except Fault as fault:
-        if fault.threads is not None and not fault.located:
-            every = np.zeros(len(which), np.bool_)
-            every[np.flatnonzero(which)[np.asarray(fault.threads)]] = True
-            fault.threads = every
+        if fault.threads is not None and np.asarray(fault.threads).dtype == np.bool_:
+            fault.threads = np.unique(ids[fault.threads])
         raise
 
 
@@ -186,6 +184,3 @@ class Compiler:
             return lambda m, i: np.full(m.count(i), base.value + offset, np.int64)
         variable = base.variable
         return lambda m, i: np.full(m.count(i), m.offset_of(variable) + offset, np.int64)
-
-
-__all__ = ["BUILDERS", "Compiler", "F16", "F32", "F64", "Fault", "among", "operation"]

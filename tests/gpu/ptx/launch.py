@@ -9,13 +9,14 @@ from collections import Counter
 
 import numpy as np
 
-from . import alu, mbarriers, memory_ops, tensor_ops, wgmma
-from .compiler import GLOBAL_BASE, Compiler, Fault
+# imported for the builders that they register
+from . import alu, convert, mbarriers, memory_ops, tensor_ops, wgmma  # noqa: F401
+from .compiler import GLOBAL_BASE, Compiler
 from .control import CONTROL
 from .counters import Counters, classify
 from .machine import Machine
 from .memory import GlobalMemory, Space
-from .parser import TYPE_SIZE, Kernel, PtxError, parse
+from .parser import Kernel, parse
 
 #: threads that run as one numpy operation; more blocks in flight cost memory and win little
 CHUNK_THREADS = 2048
@@ -232,6 +233,3 @@ def _finish(launch: Launch) -> Counters:
     counters.instructions = int(launch.issues.sum())
     counters.conflicts_by_line = launch.conflicts
     return counters
-
-
-__all__ = ["Fault", "PtxError", "TYPE_SIZE", "alu", "mbarriers", "compile_ptx", "run_ptx", "tensor_ops", "wgmma"]

@@ -12,7 +12,6 @@ import numpy as np
 from . import bulk
 from .compiler import Fault
 from .memory import Space
-from .parser import Kernel
 from .races import RaceShadow
 
 RUNNABLE, AT_BARRIER, EXITED, STALLED = 0, 1, 2, 3
@@ -60,6 +59,7 @@ class Machine:
         self.bulk_group = np.zeros(self.n, np.int32)
         self.wgmma_queue: list = []
         self.wgmma_group = np.zeros(self.n >> 5, np.int32)
+        self.wgmma_fenced = np.zeros(self.n >> 5, np.bool_)
         self.accumulators: dict = {}
         self._specials = self._special_values(in_block, (x, y, z))
 
@@ -362,6 +362,3 @@ def _compact(index: np.ndarray):
     """A slice where the threads are neighbours: numpy then makes views instead of copies."""
     first, last = int(index[0]), int(index[-1])
     return slice(first, last + 1) if last - first + 1 == len(index) else index
-
-
-__all__ = ["Machine", "Kernel"]

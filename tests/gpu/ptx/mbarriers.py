@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .compiler import SHARED_BASE, Fault, operation
+from .compiler import SHARED_BASE, Fault, naming, operation
 from .parser import Addr, PtxError, Sink
 
 
@@ -90,7 +90,8 @@ def build_mbarrier(ins, c):
         ids, offsets = m.ids[i], shared_offset(address(m, i))
         values = np.broadcast_to(value(m, i), len(ids)) if value is not None else np.ones(len(ids), np.int64)
         states = np.zeros(len(ids), np.uint64)
-        m.shared.locate(offsets, None, 8, 1)
+        with naming(ids):
+            m.shared.locate(offsets, None, 8, 1)
         for at, (thread, offset, number) in enumerate(
             zip(ids.tolist(), offsets.tolist(), values.tolist(), strict=True)
         ):
@@ -123,6 +124,8 @@ def _initialise(m, thread: int, offset: int, count: int) -> None:
     one, window = np.array([thread]), np.array([block])
     m.shared.store(np.array([offset]), window, np.zeros((1, 1), np.uint64), 8)
     m.shadow.write(np.array([offset + block * m.shared.stride]), 8, one, m.warp_of[one])
+    if (block, offset) in m.mbarriers:
+        raise Fault("mbarrier", "initialised again without having been made invalid", one)
     clocks = [np.zeros(m.shadow.warps + 1, np.int32) for _ in range(4)]
     m.mbarriers[block, offset] = Mbarrier(count, count, *clocks)
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compiler import GLOBAL_BASE, LOCAL_BASE, PARAM_BASE, SHARED_BASE, WINDOW, Fault, among, operation
-from .counters import SECTOR, count_sectors, wavefronts
+from .compiler import GLOBAL_BASE, LOCAL_BASE, PARAM_BASE, SHARED_BASE, WINDOW, Fault, naming, operation
+from .counters import count_sectors, wavefronts
 from .formats import DTYPE, FLOATS, PACKED, STORAGE, U32, U64, narrow, widen
 from .parser import TYPE_SIZE, Addr, Imm, Instruction, PtxError, Reg, Sym, Vec
 
@@ -137,7 +137,7 @@ def build_load(ins, c):
             return
         out = np.empty((len(ids), count), STORAGE[width])
         for name, offsets, which in split_generic(addresses):
-            with among(which):
+            with naming(ids[which]):
                 out[which] = load(m, name, offsets, ids[which], width, count, strong)
         deliver(m, i, out)
 
@@ -167,7 +167,7 @@ def build_store(ins, c):
             store(m, space, addresses - (GLOBAL_BASE if space == "global" else 0), ids, values, width, strong)
             return
         for name, offsets, which in split_generic(addresses):
-            with among(which):
+            with naming(ids[which]):
                 store(m, name, offsets, ids[which], values[which], width, strong)
 
     return run
@@ -295,7 +295,7 @@ def build_atomic(ins, c):
             arguments = [np.broadcast_to(column[element](m, i), len(ids)) for column in reads]
             out = np.empty(len(ids), dtype)
             for name, offsets, which in parts:
-                with among(which):
+                with naming(ids[which]):
                     out[which] = one(m, name, offsets + element * width, ids[which], [a[which] for a in arguments])
             if targets:
                 targets[element](m, i, out)
@@ -353,11 +353,11 @@ def _build_async_copy(ins, c):
         data = np.zeros((len(ids), size), np.uint8)
         whole = taken == size
         if whole.any():
-            with among(whole):
+            with naming(ids[whole]):
                 data[whole] = m.global_memory.load(sources[whole], None, 4, size // 4).view(np.uint8)
             count_global(m, sources[whole], ids[whole], size, False)
         for at in np.flatnonzero((taken > 0) & ~whole):
-            with among(np.arange(len(ids)) == at):
+            with naming(ids[at : at + 1]):
                 part = m.global_memory.load(sources[at : at + 1] + np.arange(taken[at]), None, 1)
             data[at, : taken[at]] = part[:, 0]
             count_global(m, sources[at : at + 1], ids[at : at + 1], int(taken[at]), False)
@@ -386,6 +386,3 @@ def finish_copies(m, ids: np.ndarray, keep: int, include_open: bool = False) -> 
         m.shadow.finish_copy(copy["granules"][ready], m.warp_of[copy["ids"][ready]])
         copy["done"] |= ready
     m.copies = [copy for copy in m.copies if not copy["done"].all()]
-
-
-__all__ = ["SECTOR"]

@@ -54,7 +54,7 @@ class RaceShadow:
         at = np.argwhere(bad)[0]
         other = int(self.write_thread[granules[tuple(at)]])
         offset = int(granules[tuple(at)] << self.shift) % self.space.stride
-        return Fault("race", f"{kind} at shared offset {offset:#x}; last writer: thread {other}", bad.any(1))
+        return Fault("race", f"{kind} at shared offset {offset:#x}; last writer: thread {other}", threads[bad.any(1)])
 
     def _check_write_seen(self, granules, threads, warps, atomic, what) -> None:
         clock, agent = self.write_clock[granules], self.write_agent[granules]

@@ -12,7 +12,7 @@ import re
 
 import numpy as np
 
-from .compiler import SHARED_BASE
+from .compiler import SHARED_BASE, naming
 from .control import collective, control
 from .formats import FP8_TABLES, U16, U32, bf16_to_f32, narrow
 from .memory_ops import count_shared
@@ -136,7 +136,8 @@ def build_ldmatrix(ins, c):
     def action(m, i):
         offsets, ids = _rows(m, i, address, count)
         window = m.block_of[ids]
-        values = m.shared.load(offsets, window, 2, 8)
+        with naming(ids):
+            values = m.shared.load(offsets, window, 2, 8)
         m.shadow.read(offsets + window * m.shared.stride, 16, ids, m.warp_of[ids])
         count_shared(m, offsets, ids, 16, phase_lanes=8)
         matrices = values.reshape(-1, count, 8, 8)
@@ -164,7 +165,8 @@ def build_stmatrix(ins, c):
         if transposed:
             matrices = matrices.swapaxes(2, 3)
         window = m.block_of[ids]
-        m.shared.store(offsets, window, np.ascontiguousarray(matrices).reshape(-1, 8), 2)
+        with naming(ids):
+            m.shared.store(offsets, window, np.ascontiguousarray(matrices).reshape(-1, 8), 2)
         m.shadow.write(offsets + window * m.shared.stride, 16, ids, m.warp_of[ids])
         count_shared(m, offsets, ids, 16, phase_lanes=8)
 

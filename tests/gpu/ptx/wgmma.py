@@ -1,7 +1,8 @@
 """wgmma: descriptors, swizzled operands in shared memory, and results that come late.
 
 A product is worked out when it is waited for, from what shared memory holds then; until then its accumulators are NaN
-and its operands count as being read. The registers' side of ``wgmma.fence`` is not checked.
+and its operands count as being read. Each group needs its ``wgmma.fence``, though PTX would let a group whose
+registers nobody touched go without.
 
 Source: PTX ISA 9.0, chapter 9.7.15 (asynchronous warpgroup-level matrix instructions): descriptor, canonical layouts.
 """
@@ -12,9 +13,9 @@ import re
 
 import numpy as np
 
-from .compiler import Fault, operation
-from .control import CONTROL, collective
-from .formats import STORAGE, U32
+from .compiler import Fault, naming, operation
+from .control import collective
+from .formats import U32
 from .parser import PtxError, Reg, Vec
 from .tensor_ops import BITS, elements, fragment_a, fragment_c, read_accumulator, to_registers
 
@@ -122,6 +123,9 @@ def _build_product(ins, c):
     def action(m, i):
         ids = m.ids[i]
         warps = np.unique(ids >> 5)
+        if not m.wgmma_fenced[warps].all():
+            bare = warps[~m.wgmma_fenced[warps]] * 32
+            raise Fault("wgmma", "no wgmma.fence orders the registers before this group of products", bare)
         product = _Product(types, columns, depth, slots, place)
         product.warps, product.block = warps, m.block_of[warps * 32]
         product.sign, product.major = signs, majors
@@ -156,7 +160,8 @@ def _build_product(ins, c):
 
 def _start_reading(m, product, chunks: np.ndarray) -> None:
     window = np.repeat(product.block, chunks.shape[1])
-    m.shared.load(chunks.ravel(), window, 2, 8)
+    with naming(np.repeat(product.warps * 32, chunks.shape[1])):
+        m.shared.load(chunks.ravel(), window, 2, 8)
     flat = chunks + (product.block * m.shared.stride)[:, None]
     per = max(1, 16 >> m.shadow.shift)
     granules = ((flat >> m.shadow.shift)[:, :, None] + np.arange(per)).reshape(len(chunks), -1)
@@ -227,7 +232,9 @@ def _build_wait(ins, c):
 
 def _build_commit(ins, c):
     def run(m, i):
-        m.wgmma_group[np.unique(m.warp_of[i])] += 1
+        warps = np.unique(m.warp_of[i])
+        m.wgmma_group[warps] += 1
+        m.wgmma_fenced[warps] = False
 
     return run
 
@@ -242,7 +249,8 @@ def build_wgmma(ins, c):
         return _build_commit(ins, c)
     if ins.parts[1] == "wait_group":
         return _build_wait(ins, c)
-    return lambda m, i: None  # wgmma.fence
 
+    def fence(m, i):
+        m.wgmma_fenced[np.unique(m.warp_of[i])] = True
 
-__all__ = ["CONTROL", "STORAGE", "build_wgmma"]
+    return fence
