@@ -30,7 +30,7 @@ class Fault(Exception):
     """What a kernel did wrong: the kind, the PTX line, and which threads of which blocks."""
 
     def __init__(self, kind: str, message: str, threads=None):
-        super().__init__(message)
+        super().__init__(f"{kind}: {message}")
         self.kind, self.message, self.threads = kind, message, threads
         self.line: int | None = None
         self.located = False

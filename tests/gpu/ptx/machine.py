@@ -43,6 +43,8 @@ class Machine:
         self.arrived_only: dict[tuple[int, int], list] = {}
         self.expected_counts: dict[tuple[int, int], int] = {}
         self.turn = 0
+        self.progress = 0  # phases and copies that came to an end
+        self._idle_rounds, self._progress_before = 0, 0
         self.registers = [_register(type_, self.n) for type_ in program.types]
         self.global_memory = launch.global_space
         self.parameters = launch.parameter_space
@@ -131,6 +133,7 @@ class Machine:
         if not rested.any():
             self.yielded[:] = False
             rested = runnable
+            self._check_progress(runnable)
         pcs = np.where(rested, self.pc, _FAR)
         if self.generator is None:
             self.turn += 1
@@ -160,6 +163,18 @@ class Machine:
         index = np.flatnonzero(chosen)
         alone = len(index) == np.count_nonzero(self.status == RUNNABLE)
         return int(target), index, alone
+
+    def _check_progress(self, polling: np.ndarray) -> None:
+        """Every thread that can run waits for an mbarrier: once is normal, on and on is not."""
+        self._idle_rounds = self._idle_rounds + 1 if self.progress == self._progress_before else 0
+        self._progress_before = self.progress
+        if self._idle_rounds > 50:
+            threads = np.flatnonzero(polling)
+            lines = sorted({self.program.kernel.instructions[pc].line for pc in np.unique(self.pc[threads])})
+            fault = Fault(
+                "livelock", f"all threads poll mbarriers whose phase does not end, near lines {lines}", threads
+            )
+            self._fault(fault, int(self.pc[threads[0]]), slice(0, 0))
 
     def _straight(self, pc: int, index: np.ndarray, alone: bool) -> None:
         """Runs ``index`` from ``pc`` until it branches, waits, or comes to where others may join."""

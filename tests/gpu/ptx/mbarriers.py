@@ -46,6 +46,7 @@ def find(m, thread: int, offset: int) -> Mbarrier:
 def advance(m, barrier: Mbarrier) -> None:
     if barrier.pending == 0 and barrier.bytes_left == 0:
         barrier.phase += 1
+        m.progress += 1
         barrier.pending = barrier.expected
         np.maximum(barrier.done_seen, barrier.seen, out=barrier.done_seen)
         np.maximum(barrier.done_fenced, barrier.fenced, out=barrier.done_fenced)
@@ -138,23 +139,26 @@ def _build_wait(ins, c):
     def run(m, i):
         ids, offsets = m.ids[i], shared_offset(address(m, i))
         values = np.broadcast_to(wanted(m, i), len(ids))
-        result = np.zeros(len(ids), np.bool_)
         failed, acquired = {}, {}
-        for at, (thread, offset) in enumerate(zip(ids.tolist(), offsets.tolist(), strict=True)):
-            barrier = find(m, thread, offset)
-            value = int(values[at])
-            done = (barrier.phase & 1) != value if parity else barrier.phase != value
-            result[at] = done
-            if done:
-                acquired[int(m.warp_of[thread]), offset] = barrier
+        # threads of a warp that ask for the same phase of the same object get one answer
+        keys = np.stack([m.warp_of[ids], offsets, values.astype(np.int64)], 1)
+        askers, first, answer = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+        done = np.zeros(len(askers), np.bool_)
+        for at, (warp, offset, value) in enumerate(askers.tolist()):
+            barrier = find(m, int(ids[first[at]]), offset)
+            done[at] = (barrier.phase & 1) != value if parity else barrier.phase != value
+            if done[at]:
+                acquired[warp, offset] = barrier
             else:
                 failed[id(barrier)] = barrier
-                m.yielded[m.warp_of[thread]] = True
+                m.yielded[warp] = True
+        result = done[answer.ravel()]
         for (warp, _), barrier in acquired.items():
             np.maximum(m.shadow.seen[warp], barrier.done_seen, out=m.shadow.seen[warp])
             np.maximum(m.shadow.fenced[warp], barrier.done_fenced, out=m.shadow.fenced[warp])
         for barrier in failed.values():
             landing, barrier.landing = barrier.landing, []
+            m.progress += len(landing)
             for land in landing:
                 land()
         target(m, i, result)
