@@ -1,9 +1,9 @@
 """The static gate: what the compilers made of each kernel configuration, read from the machine code without a GPU.
 
-A kernel states its limits beside itself as a :class:`Limits`; :func:`measure` compiles and reads, :func:`breaches` compares.
-``python -m tests.gpu.static_gate`` prints the table of every registered configuration.
+A kernel states its limits beside itself as a :class:`Limits`; :func:`measure` compiles and reads, :func:`breaches`
+compares. ``python -m tests.gpu.static_gate`` prints the table of every registered configuration.
 
-Sources: CUDA Occupancy Calculator (allocation granularities); CUDA C++ Programming Guide, table of compute capabilities.
+Sources: CUDA Occupancy Calculator (allocation granularities); CUDA C++ Programming Guide (table of capabilities).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """CUDA matrix products for sm_80 and sm_90, and what happens when one line of their PTX is changed.
 
-A bench that lets a wrong kernel pass proves nothing, so each mutant must be reported, by the check that is meant for it.
+A bench that lets a wrong kernel pass proves nothing, so each mutant must be reported, by the check that is meant for
+it.
 """
 
 import re
@@ -96,11 +97,22 @@ def change(pattern: str, replacement: str, nth: int = 0):
 
 NOTHING = lambda text: text  # noqa: E731
 
+#: the poll of an mbarrier as the source writes it, and the register that says whether the phase has ended
+POLL = r"\{ \.reg \.pred p; mbarrier[^}]*selp\.u32 (%r\d+)[^}]*\}"
+#: a copy up to its source's address
+COPY = r"(cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+)\]"
+
 #: kernel, what is done to it, and the report that must come; "numbers": a wrong result and no report
 MUTANTS = [
     ("sm80", "the barrier after the copies is gone", drop(r"bar\.sync\s+0;"), "race", {}),
     ("sm80", "the barrier before the next copies is gone", drop(r"bar\.sync 1, 128;"), "race", {}),
-    ("sm80", "a barrier expects three of four warps", change(r"bar\.sync 1, 128;", "bar.sync 1, 96;"), "barrier|race|deadlock", {}),
+    (
+        "sm80",
+        "a barrier expects three of four warps",
+        change(r"bar\.sync 1, 128;", "bar.sync 1, 96;"),
+        "barrier|race|deadlock",
+        {},
+    ),
     ("sm80", "a barrier expects a warp too many", change(r"bar\.sync 1, 128;", "bar.sync 1, 160;"), "deadlock", {}),
     ("sm80", "nobody waits for the copies", drop(r"cp\.async\.wait_group 1;"), "copy in flight", {}),
     ("sm80", "the wait lets one group more pass", change(r"wait_group 1;", "wait_group 2;"), "copy in flight", {}),
@@ -108,21 +120,51 @@ MUTANTS = [
     ("sm80", "later groups are never committed", drop(r"cp\.async\.commit_group;", 1), "copy in flight", {}),
     ("sm80", "shared memory is 16 bytes short", NOTHING, "out of bounds", dict(shared=2 * 2 * 64 * 40 * 2 - 16 - 16)),
     ("sm80", "a copy is 8 bytes off", change(r"(cp\.async\.cg\.shared\.global \[%r\d+)\]", r"\1+8]"), "misaligned", {}),
-    ("sm80", "a copy reads 16 bytes further on", change(r"(cp\.async\.cg\.shared\.global \[%r\d+\], \[%rd\d+)\]", r"\1+16]", 1), "out of bounds|numbers", {}),
-    ("sm80", "a copy takes 8 of 16 bytes", change(r"(cp\.async\.cg\.shared\.global [^;]*, 16), %r\d+;", r"\1, 8;", 1), "numbers", {}),
+    ("sm80", "a copy reads 16 bytes further on", change(COPY, r"\1+16]", 1), "out of bounds|numbers", {}),
+    (
+        "sm80",
+        "a copy takes 8 of 16 bytes",
+        change(r"(cp\.async\.cg\.shared\.global [^;]*, 16), %r\d+;", r"\1, 8;", 1),
+        "numbers",
+        {},
+    ),
     ("sm80", "ldmatrix transposes", change(r"x4\.shared\.b16", "x4.trans.shared.b16"), "numbers", {}),
     ("sm80", "an operand is taken as fp16", change(r"f32\.bf16\.bf16\.f32", "f32.f16.f16.f32"), "numbers", {}),
     ("sm80", "a product is dropped", drop(r"mma\.sync[^;]*;", 3), "numbers", {}),
     ("sm80", "the bound of the rows is gone", drop(r"bra\s+\$L__BB0_\d+;", -2), "out of bounds", {}),
-    ("sm80", "the stride of a tile's rows is 64 bytes", change(r"(mul\.lo\.s32[^;]*), 40;", r"\1, 32;"), "numbers|race|uninit", {}),
+    (
+        "sm80",
+        "the stride of a tile's rows is 64 bytes",
+        change(r"(mul\.lo\.s32[^;]*), 40;", r"\1, 32;"),
+        "numbers|race|uninit",
+        {},
+    ),
     ("sm90", "the mbarriers are used before they are ready", drop(r"bar\.sync\s+0;"), "race|mbarrier", {}),
     ("sm90", "the full barrier expects two", change(r"(mbarrier\.init[^;]*), 1;", r"\1, 2;"), "livelock", {}),
     ("sm90", "the empty barrier expects a warp less", change(r"(mbarrier\.init[^;]*), 128;", r"\1, 96;"), "race", {}),
     ("sm90", "an mbarrier is never initialised", drop(r"mbarrier\.init[^;]*;"), "mbarrier", {}),
-    ("sm90", "the producer does not wait for an empty stage", change(r"\{ \.reg \.pred p; mbarrier[^}]*selp\.u32 (%r\d+)[^}]*\}", r"mov.u32 \1, 1;"), "race|mbarrier", {}),
-    ("sm90", "the consumer does not wait for a full stage", change(r"\{ \.reg \.pred p; mbarrier[^}]*selp\.u32 (%r\d+)[^}]*\}", r"mov.u32 \1, 1;", 1), "race|uninit|in flight", {}),
-    ("sm90", "the consumer goes on whatever the poll said", change(r"(mbarrier\.try_wait[^}]*selp\.u32 %r\d+, 1), 0", r"\1, 1", 1), "race|uninit|in flight", {}),
-    ("sm90", "fewer bytes are expected than come", change(r", 16384;", ", 8192;"), "livelock|race|in flight|mbarrier", {}),
+    ("sm90", "the producer does not wait for an empty stage", change(POLL, r"mov.u32 \1, 1;"), "race|mbarrier", {}),
+    (
+        "sm90",
+        "the consumer does not wait for a full stage",
+        change(POLL, r"mov.u32 \1, 1;", 1),
+        "race|uninit|in flight",
+        {},
+    ),
+    (
+        "sm90",
+        "the consumer goes on whatever the poll said",
+        change(r"(mbarrier\.try_wait[^}]*selp\.u32 %r\d+, 1), 0", r"\1, 1", 1),
+        "race|uninit|in flight",
+        {},
+    ),
+    (
+        "sm90",
+        "fewer bytes are expected than come",
+        change(r", 16384;", ", 8192;"),
+        "livelock|race|in flight|mbarrier",
+        {},
+    ),
     ("sm90", "more bytes are expected than come", change(r", 16384;", ", 16400;"), "livelock", {}),
     ("sm90", "wgmma.fence is gone", drop(r"wgmma\.fence[^;]*;"), "wgmma", {}),
     ("sm90", "products are not committed", drop(r"wgmma\.commit_group[^;]*;"), "race|wgmma", {}),
@@ -134,11 +176,17 @@ MUTANTS = [
     ("sm90", "the block ends while the copy reads", drop(r"cp\.async\.bulk\.wait_group[^;]*;"), "bulk copy", {}),
     ("sm90", "the copy is not committed", drop(r"cp\.async\.bulk\.commit_group[^;]*;"), "bulk copy", {}),
     ("sm90", "coordinates are swapped", change(r"\{(%r\d+), (%r\d+)\}\], \[", r"{\2, \1}], ["), "numbers|uninit", {}),
-    ("sm90", "the descriptor steps over 512 bytes", change(str(0x4000004000010000), str(0x4000002000010000)), "numbers", {}),
+    (
+        "sm90",
+        "the descriptor steps over 512 bytes",
+        change(str(0x4000004000010000), str(0x4000002000010000)),
+        "numbers",
+        {},
+    ),
     ("sm90", "the tensor map swizzles 64 bytes", NOTHING, "ValueError", dict(swizzle=64)),
     ("sm90", "the tensor map does not swizzle", NOTHING, "numbers", dict(swizzle=0)),
     ("sm90", "shared memory is 128 bytes short", NOTHING, "out of bounds", dict(shared=5 * 8192 - 128)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("seed", [None, 7])

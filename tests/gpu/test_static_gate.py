@@ -22,7 +22,10 @@ def test_configuration_keeps_its_limits(configuration, arch):
     assert breaches(measure(configuration, arch)) == []
 
 
-def broken(body: str, limits: Limits = Limits(), threads: int = 128, shared: int = 0, arch: str = "sm_80") -> str:
+DEFAULT = Limits()
+
+
+def broken(body: str, limits: Limits = DEFAULT, threads: int = 128, shared: int = 0, arch: str = "sm_80") -> str:
     source = f'extern "C" __global__ void __launch_bounds__({min(threads, 1024)}) kernel(float* x, int n) {{ {body} }}'
     configuration = Configuration("k", "kernel", threads, lambda a: (build.nvcc(source, a, "cubin"), shared), limits)
     return " ".join(breaches(measure(configuration, arch)))
