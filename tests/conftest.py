@@ -42,6 +42,10 @@ def backend(kernel_id, request, monkeypatch):
         pytest.skip(f"{kernel_id}: {reason}")
     if device == "simt":
         library.redirect(monkeypatch)
+    elif kernel_id == "triton-cpu":
+        from tests.gpu import triton_interpreter
+
+        triton_interpreter.install()
     with torch.device("cuda" if device == "cuda" else "cpu"):
         yield name
 

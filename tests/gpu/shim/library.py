@@ -44,16 +44,22 @@ def _flags(source: Path, flavour: str) -> list[str]:
     return ["-x", "c++", "-std=c++20", "-fPIC", *flags, *WARNINGS]
 
 
+def _run(command: list[str]) -> bytes:
+    # a sanitizer that is preloaded into this process is none of the compiler's business
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout
+
+
 def _compile(source: Path, flavour: str, includes: list[str], defines: list[str]) -> Path:
     """Object file of one source, compiled unless there is one of the same preprocessed text and flags."""
     command = ["g++", *_flags(source, flavour), *defines, *includes]
-    text = subprocess.run([*command, "-E", str(source)], check=True, capture_output=True).stdout
+    text = _run([*command, "-E", str(source)])
     digest = hashlib.sha256(text + "\0".join(command).encode()).hexdigest()[:16]
     target = BUILD / flavour / f"{source.stem}-{digest}.o"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-c", str(source), "-o", str(partial)], check=True)
+        _run([*command, "-c", str(source), "-o", str(partial)])
         partial.rename(target)
     return target
 
@@ -72,7 +78,7 @@ def build(
         sanitizers = [flag for flag in FLAVOURS[flavour] if flag.startswith("-fsanitize")]
         partial = target.with_suffix(f".{os.getpid()}")
         kind = [] if program else ["-shared", str(torch_root / "lib" / "libtorch_cpu.so")]
-        subprocess.run(["g++", *sanitizers, *map(str, objects), *kind, "-o", str(partial)], check=True)
+        _run(["g++", *sanitizers, *map(str, objects), *kind, "-o", str(partial)])
         partial.rename(target)
     return target
 
