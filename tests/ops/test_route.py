@@ -37,8 +37,9 @@ def mode(name: str, num_experts: int) -> dict:
 @pytest.mark.parametrize("num_experts", [8, 16, 60, 256, 384, 1000])
 @pytest.mark.parametrize("name", MODES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_forward_and_backward(backend, dtype, name, num_experts):
-    logits = torch.randn(70, num_experts).to(dtype)
+def test_forward_and_backward(backend, kernel_id, dtype, name, num_experts):
+    # Triton's interpreter runs one program, that is token, after the other
+    logits = torch.randn(5 if kernel_id == "triton-cpu" else 70, num_experts).to(dtype)
     arguments = mode(name, num_experts)
     ids, _ = route(logits, **arguments, backend=backend)
     expected_ids, _ = route(logits, **arguments, backend="reference")

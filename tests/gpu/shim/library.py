@@ -64,13 +64,11 @@ def _compile(source: Path, flavour: str, includes: list[str], defines: list[str]
     return target
 
 
-def build(
-    sources: list[Path], name: str, flavour: str, *, program: bool = False, defines: tuple[str, ...] = ()
-) -> Path:
-    """A shared library (or a program) of ``sources`` and the scheduler, in BUILD; rebuilt only when something changed."""
+def build(sources: list[Path], name: str, flavour: str, *, program: bool = False) -> Path:
+    """A shared library (or a program) of ``sources`` and the scheduler; built again only when something changed."""
     torch_root = Path(torch.__file__).parent
     includes = [f"-I{ROOT / 'csrc'}", f"-I{SHIM}", "-isystem", str(torch_root / "include")]
-    definitions = ["-DTORCH_TARGET_VERSION=0x020b000000000000", *(f"-D{define}" for define in defines)]
+    definitions = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]
     objects = [_compile(source, flavour, includes, definitions) for source in [*sources, SHIM / "simt.cpp"]]
     digest = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
     target = BUILD / flavour / (f"{name}-{digest}" if program else f"lib{name}-{digest}.so")
@@ -92,7 +90,7 @@ def cuda_sources() -> list[Path]:
 
 @functools.cache
 def load() -> ctypes.CDLL:
-    """Defines the ops that have CUDA kernels once more, in a namespace beside ours, with those kernels for CPU tensors."""
+    """Defines the ops that have CUDA kernels once more, in a namespace of their own, with those kernels for the CPU."""
     path = build(cuda_sources(), NAMESPACE, flavour())
     for name in op_names():
         schema = str(getattr(torch.ops.moe_kernels, name).default._schema).split("(", 1)[1]
