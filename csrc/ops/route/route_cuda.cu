@@ -212,9 +212,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 }
 
 // Weights of experts that something else chose.
-// 8 blocks on a multiprocessor: without that ptxas aims at more, at 32 registers, and spills one
+// at least 4 blocks on a multiprocessor: without a number ptxas aims at 32 registers and spills one
 template <class T, int kPerLane>
-__global__ void __launch_bounds__(kWarps* kWarpSize, 8)
+__global__ void __launch_bounds__(kWarps* kWarpSize, 4)
     route_weights_kernel(Logits<T> logits, const int32_t* __restrict__ topk_ids,  // [num_tokens, top_k]
                          acc_t<T>* __restrict__ workspace,                        // as in route_kernel
                          acc_t<T>* __restrict__ topk_weights,                     // [num_tokens, top_k]

@@ -181,7 +181,7 @@ def _unpermute_bwd_kernel(
     ACC: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
 ):
-    """One program for each pair (t, k): gradients of its row and weight; zero in row t * top_k + k if nobody owns it."""
+    """One program for each pair (t, k): gradient of its row and weight; zero in row t * top_k + k if nobody owns it."""
     token = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1).to(tl.int64)
     pair = token * top_k + k
