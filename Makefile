@@ -7,17 +7,19 @@ VENV_CPU ?= .venv-cpu
 MAX_JOBS ?= $(shell nproc)
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(MAX_JOBS)
 
-SOURCES := $(shell find csrc python -name '*.py' -o -name '*.cpp' -o -name '*.h') CMakeLists.txt pyproject.toml
+SOURCES := $(shell find csrc python -name '*.py' -o -name '*.cpp' -o -name '*.cu*' -o -name '*.h') CMakeLists.txt pyproject.toml
 EXTRAS := "transformers>=5.23" accelerate gguf safetensors tqdm rich matplotlib ruff
 # without a build environment of its own: pip would install a second PyTorch there
 INSTALL = -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps
 
-.PHONY: help demo test test-main test-isas test-cpu-torch test-emulated sanitize bench style dev wheel clean
+.PHONY: help demo test test-main test-isas test-cpu-torch test-emulated sanitize gpu-shim gpu-report bench style dev wheel clean
 
 help:
 	@echo "make demo      set up, build, run the demo: a real language model as a mixture of experts"
 	@echo "make test      set up, build, run every test"
 	@echo "make sanitize  the op tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make gpu-shim  the CUDA kernels on the CPU under the sanitizers, with mutants that must be caught"
+	@echo "make gpu-report  registers, spills, occupancy and machine code of every GPU kernel; needs no GPU"
 	@echo "make bench     set up, build, compare with peers (OP=expert_ffn ARGS='--shape A')"
 	@echo "make style     ruff"
 	@echo "make dev       editable install that rebuilds when imported"
@@ -73,8 +75,15 @@ sanitize: $(VENV_CPU)/ready
 	$(VENV_CPU)/bin/python $(INSTALL) --target $(VENV_CPU)/sanitized --upgrade -Cbuild-dir=build/sanitize \
 	  -Ccmake.define.MOE_KERNELS_SANITIZE=ON -Ccmake.build-type=None .
 	PYTHONPATH=$(VENV_CPU)/sanitized LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 \
+	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 MOE_KERNELS_TEST_SIMT=asan \
 	  $(VENV_CPU)/bin/python -m pytest -q tests/ops -k "not compile and not export"
+
+# CUDA sources on the CPU: AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer look, and every mutant dies
+gpu-shim: $(VENV)/installed
+	$(VENV)/bin/python -m pytest tests/gpu/shim
+
+gpu-report: $(VENV)/installed
+	$(VENV)/bin/python -m tests.gpu.static_gate
 
 bench: $(VENV)/installed
 	$(VENV)/bin/python benchmarks/run.py --op $(or $(OP),expert_ffn) $(ARGS)

@@ -10,17 +10,50 @@ from moe_kernels import _dispatch
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
-#: backend ids of the parametrised op tests; each is compared with the reference in float64
+#: what a test file runs its kernels on, unless it has a KERNELS of its own; each is compared with the float64 reference
 KERNELS = ["native-cpu"]
 
 
-@pytest.fixture(params=KERNELS)
-def backend(request) -> str:
-    name, device = request.param.split("-")
-    reason = _dispatch.missing_reason(name, device)
+def pytest_generate_tests(metafunc):
+    if "kernel_id" in metafunc.fixturenames:
+        kernels = getattr(metafunc.module, "KERNELS", KERNELS)
+        if metafunc.definition.get_closest_marker("with_reference"):
+            kernels = ["reference-cpu", *kernels]
+        metafunc.parametrize("kernel_id", kernels)
+
+
+@pytest.fixture
+def backend(kernel_id, request, monkeypatch):
+    """Name of the backend, ready for use: kernels are there, new tensors are made where they run.
+
+    ids: native-cpu, native-cuda, triton-cuda; triton-cpu is Triton's interpreter (TRITON_INTERPRET=1); native-simt is
+    the CUDA source on the CPU (tests/gpu/shim).
+    """
+    name, device = kernel_id.split("-")
+    if device == "simt":
+        from tests.gpu.shim import library
+
+        reason = library.missing_reason()
+    else:
+        reason = _dispatch.missing_reason(getattr(request.module, "OP", ""), name, device)
+    if device == "cuda" and not torch.cuda.is_available():
+        reason = "no GPU"
     if reason is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    return name
+        pytest.skip(f"{kernel_id}: {reason}")
+    if device == "simt":
+        library.redirect(monkeypatch)
+    elif kernel_id == "triton-cpu":
+        from tests.gpu import triton_interpreter
+
+        triton_interpreter.install()
+    with torch.device("cuda" if device == "cuda" else "cpu"):
+        yield name
+
+
+@pytest.fixture
+def raises_in_kernel(kernel_id) -> bool:
+    """Whether kernels can refuse values: on the CPU they can; a GPU has nobody to tell and gives zero."""
+    return kernel_id in ("native-cpu",)
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from moe_kernels import _dispatch, env
 
 def test_report_is_plain_and_complete():
     report = env.report()
-    assert report["native cpu"] == (_dispatch.missing_reason("native", "cpu") or "available")
+    assert report["native cpu"] == (_dispatch.missing_reason("permute", "native", "cpu") or "available")
     assert set(env.VARIABLES) <= set(report)
 
 
@@ -19,10 +19,35 @@ def test_variable_defaults(monkeypatch):
 
 
 def test_backends_that_are_not_there_say_why():
-    for backend, device, reason in [
-        ("native", "cuda", "no native kernels for device type 'cuda' yet"),
-        ("triton", "cuda", "no Triton kernels yet"),
+    for op, backend, device, reason in [
+        ("expert_ffn", "native", "cuda", "expert_ffn has no CUDA kernels yet"),
+        ("expert_ffn", "triton", "cuda", "expert_ffn has no Triton kernels yet"),
+        ("permute", "native", "xpu", "there are no native kernels for device type 'xpu'"),
     ]:
-        with pytest.raises(RuntimeError, match=f"op: backend='{backend}' is unavailable: there are {reason}"):
-            _dispatch.resolve("op", backend, device)
+        with pytest.raises(RuntimeError, match=f"{op}: backend='{backend}' is unavailable: {reason}"):
+            _dispatch.resolve(op, backend, device)
     assert _dispatch.resolve("op", "auto", "meta") == "reference"
+
+
+def test_triton_on_the_cpu_needs_its_interpreter(monkeypatch):
+    monkeypatch.setattr(_dispatch, "_TRITON_INTERPRETS", False)
+    with pytest.raises(RuntimeError, match="Triton kernels run on CUDA tensors, not on 'cpu'"):
+        _dispatch.resolve("permute", "triton", "cpu")
+
+
+def test_auto_takes_what_is_there(monkeypatch):
+    missing = "not there"
+    for cuda, triton, choice in [(None, missing, "native"), (missing, None, "triton"), (missing, missing, "reference")]:
+        monkeypatch.setattr(_dispatch._extension, "cuda_missing_reason", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(_dispatch._extension, "triton_missing_reason", lambda triton=triton: triton)
+        assert _dispatch._auto("permute", "cuda") == choice
+        assert _dispatch._auto("expert_ffn", "cuda") == "reference"
+
+
+def test_cuda_library_registers_what_the_table_says():
+    import torch
+
+    if _dispatch._extension.cuda_missing_reason() is not None:
+        pytest.skip(_dispatch._extension.cuda_missing_reason())
+    for op in _dispatch.CUDA_OPS:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_kernels::{op}", "CUDA"), op

@@ -18,7 +18,8 @@ ALLOWED = {
     "_dispatch": {"_extension", "env"},
     "memory": {"_extension"},
     "native": set(),
-    "autograd": {"native", "activation"},
+    "triton": set(),
+    "autograd": {"native", "triton", "activation"},
     "reference": {"activation"},
     "api": {"_checks", "_dispatch", "activation", "autograd", "native", "reference"},
 }

@@ -26,7 +26,7 @@ def cells(context: Context) -> Cells:
         for dtype in context.dtypes:
             layer = make_layer(shape, dtype, context.threads)
             packed = None
-            reason = _dispatch.missing_reason("native", "cpu")
+            reason = _dispatch.missing_reason("grouped_gemm", "native", "cpu")
             if reason is None and context.wants("ours_prepacked"):
                 packed = prepack(layer.gate_up_proj)
             for num_tokens in context.tokens:

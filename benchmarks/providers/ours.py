@@ -36,7 +36,7 @@ class OursPrepacked(Ours):
     copies = 1.0
 
     def missing(self) -> str | None:
-        reason = _dispatch.missing_reason("native", "cpu")
+        reason = _dispatch.missing_reason("expert_ffn", "native", "cpu")
         return reason and f"prepack needs the native kernels: {reason}"
 
     def prepare(self, layer: Layer) -> Run:

@@ -5,8 +5,8 @@ Every op takes ``backend``:
 ========== =================================================================================================
 auto       the best that is there for the tensors' device (``python -m moe_kernels env`` prints the order)
 reference  plain PyTorch, any device, any float dtype: the specification
-native     hand-written C++ kernels (CPU)
-triton     not there yet
+native     hand-written kernels: C++ on CPU tensors, CUDA C++ on CUDA tensors
+triton     Triton kernels on CUDA tensors
 ========== =================================================================================================
 
 A backend that cannot run here raises ``RuntimeError`` and says why. Results never depend on the number of threads or on

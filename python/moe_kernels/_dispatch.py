@@ -1,5 +1,6 @@
 """The only place where a backend is chosen, and where autocast is applied."""
 
+import os
 import sys
 from typing import Literal
 
@@ -13,38 +14,51 @@ Backend = Literal["auto", "reference", "native", "triton"]
 #: device type -> back ends that ``backend="auto"`` tries, best first. A device not listed runs the reference.
 AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cpu": ("native", "reference"),
-    "cuda": ("reference",),
+    "cuda": ("native", "triton", "reference"),
 }
+
+#: ops that have kernels in CUDA C++ and in Triton; every op has native kernels for the CPU
+CUDA_OPS = TRITON_OPS = frozenset({"plan_dispatch", "permute", "unpermute", "route", "route_weights"})
 
 _BACKENDS = ("auto", "reference", "native", "triton")
 _DEFAULT = env.variable("MOE_KERNELS_BACKEND")
 if _DEFAULT not in _BACKENDS:
     raise ValueError(f"MOE_KERNELS_BACKEND must be one of {', '.join(_BACKENDS)}, got {_DEFAULT!r}")
+# Triton's own switch: its kernels then run in Python, on tensors of any device
+_TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 _LOG = env.variable("MOE_KERNELS_LOG") == "1"
 
 
-def missing_reason(backend: str, device_type: str) -> str | None:
-    """Why ``backend`` cannot run tensors of ``device_type``, or None when it can."""
+def missing_reason(op: str, backend: str, device_type: str) -> str | None:
+    """Why ``backend`` cannot run ``op`` on tensors of ``device_type``, or None when it can."""
     if backend == "reference":
         return None
     if backend == "native":
         if device_type == "cpu":
             return _extension.cpu_missing_reason()
-        return f"there are no native kernels for device type '{device_type}' yet"
+        if device_type != "cuda":
+            return f"there are no native kernels for device type '{device_type}'"
+        return _extension.cuda_missing_reason() if op in CUDA_OPS else f"{op} has no CUDA kernels yet"
     if backend == "triton":
-        return "there are no Triton kernels yet"
+        if op not in TRITON_OPS:
+            return f"{op} has no Triton kernels yet"
+        if device_type != "cuda" and not _TRITON_INTERPRETS:
+            return f"Triton kernels run on CUDA tensors, not on '{device_type}'"
+        return _extension.triton_missing_reason()
     return f"unknown backend; use one of {', '.join(_BACKENDS)}"
 
 
-def _auto(device_type: str) -> str:
-    for backend in AUTO_ORDER.get(device_type, ()):
-        if missing_reason(backend, device_type) is None:
+def _auto(op: str, device_type: str) -> str:
+    for backend in AUTO_ORDER[device_type]:
+        if missing_reason(op, backend, device_type) is None:
             return backend
     return "reference"
 
 
-# Resolved once per process: the choice depends on what is installed, not on the call.
-_AUTO = {device_type: _auto(device_type) for device_type in AUTO_ORDER}
+# Resolved once per process: the choice depends on what is installed, not on the call. An op that is not listed has
+# kernels for the CPU alone.
+_AUTO = {(op, device_type): _auto(op, device_type) for op in CUDA_OPS | TRITON_OPS for device_type in AUTO_ORDER}
+_AUTO |= {device_type: _auto("", device_type) for device_type in AUTO_ORDER}
 
 
 def autocast_enabled(device_type: str) -> bool:
@@ -71,11 +85,13 @@ def resolve(op: str, backend: str, device_type: str) -> str:
         RuntimeError: the backend is known but cannot run here; the message says why.
     """
     if backend == "auto":
-        backend = _DEFAULT if _DEFAULT != "auto" else _AUTO.get(device_type, "reference")
+        backend = _DEFAULT
+        if backend == "auto":
+            backend = _AUTO.get((op, device_type)) or _AUTO.get(device_type, "reference")
     if backend not in _BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
     if backend != "reference":
-        reason = missing_reason(backend, device_type)
+        reason = missing_reason(op, backend, device_type)
         if reason is not None:
             raise RuntimeError(f"{op}: backend='{backend}' is unavailable: {reason}; use backend='reference'")
     if _LOG:

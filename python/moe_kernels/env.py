@@ -44,6 +44,9 @@ def report() -> dict[str, object]:
         "transformers": installed("transformers"),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "no device",
         "native cpu": _extension.cpu_missing_reason() or "available",
+        "native cuda": _extension.cuda_missing_reason() or f"available for {', '.join(sorted(_dispatch.CUDA_OPS))}",
+        "triton kernels": _extension.triton_missing_reason()
+        or f"available for {', '.join(sorted(_dispatch.TRITON_OPS))}",
         **{f"build {key}": value for key, value in _extension.build_info().items()},
         **{f"auto on {device}": " > ".join(order) for device, order in _dispatch.AUTO_ORDER.items()},
         **{name: variable(name) for name in VARIABLES},

@@ -23,10 +23,12 @@ CLASSES = {str(experts_class): experts_class for experts_class in decorated_clas
 NOT_BUILT: dict[str, str] = {}
 
 #: classes that run as permute, grouped_gemm, their own functions, grouped_gemm, unpermute, with the reason
-UNFUSED = {
+_UNFUSED = {
     "Inkling2Experts": "softcapped by tanh, which Activation does not have",
+    "Inkling2LoopExperts": "softcapped by tanh, which Activation does not have",  # from transformers 5.24 on
     "MuseSparkExperts": "normalises each expert's output before the weights",
 }
+UNFUSED = {name: reason for name, reason in _UNFUSED.items() if name in CLASSES}
 
 #: one class for each distinct (flags, gate): what compile, export, autocast and checkpointing can trip over. The other
 #: classes share every line of code with one of these; that they do is what test_forward_backward shows.

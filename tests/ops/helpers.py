@@ -15,14 +15,14 @@ def leaf(tensor: Tensor | None) -> Tensor | None:
     """A copy with the same strides that collects a gradient (float tensors)."""
     if tensor is None:
         return None
-    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)
+    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device).copy_(tensor)
     return copy.requires_grad_(tensor.is_floating_point())
 
 
 def to_double(tensor: Tensor | None) -> Tensor | None:
     if tensor is None or not tensor.is_floating_point():
         return tensor
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.float64).copy_(tensor)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=torch.float64, device=tensor.device).copy_(tensor)
 
 
 def run(op: Callable, tensors: list[Tensor | None], backend: str, grad_out: Tensor | None):
@@ -39,10 +39,10 @@ def check(op: Callable, tensors: list[Tensor | None], backend: str, *, backward:
     """Forward and every gradient of ``op(*tensors, backend=...)`` against the float64 reference."""
     with torch.no_grad():
         shape = op(*tensors, backend="reference")
-    generator = torch.Generator().manual_seed(
-        0
-    )  # not the global one: hypothesis replays a failure with the same numbers
-    grad_out = torch.randn(shape.shape, dtype=torch.float64, generator=generator).to(shape.dtype) if backward else None
+    # not the global one: hypothesis replays a failure with the same numbers
+    generator = torch.Generator(shape.device).manual_seed(0)
+    grad_out = torch.randn(shape.shape, dtype=torch.float64, generator=generator, device=shape.device).to(shape.dtype)
+    grad_out = grad_out if backward else None
     reference64 = run(op, [to_double(tensor) for tensor in tensors], "reference", grad_out)
     eager = run(op, tensors, "reference", grad_out)
     actual = run(op, tensors, backend, grad_out)

@@ -14,9 +14,9 @@ def random_routing(
         empty_expert: leaves the last expert without tokens where there are experts enough.
 
     Returns:
-        topk_ids [num_tokens, top_k] int32, topk_weights [num_tokens, top_k] float32.
+        topk_ids [num_tokens, top_k] int32, topk_weights [num_tokens, top_k] float32, on the default device.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     used = num_experts - 1 if empty_expert and num_experts > top_k else num_experts
     scores = torch.rand(num_tokens, used, generator=generator)
     topk_ids = scores.argsort(1)[:, :top_k].int()

@@ -13,7 +13,7 @@ from moe_kernels._checks import (
     value_error,
 )
 from moe_kernels._dispatch import Backend, resolve
-from moe_kernels.ops.permute import autograd, native, reference
+from moe_kernels.ops.permute import autograd, reference
 from moe_kernels.ops.permute.plan import DispatchPlan
 
 
@@ -40,9 +40,10 @@ def plan_dispatch(topk_ids: Tensor, num_experts: int, *, backend: Backend = "aut
         raise value_error("plan_dispatch", "num_tokens * top_k", "below 2**31", topk_ids.numel(), "split the tokens")
     if not 0 <= num_experts < 2**31:
         raise value_error("plan_dispatch", "num_experts", "in [0, 2**31)", num_experts)
-    if resolve("plan_dispatch", backend, topk_ids.device.type) == "reference":
+    backend = resolve("plan_dispatch", backend, topk_ids.device.type)
+    if backend == "reference":
         return reference.plan_dispatch(topk_ids, num_experts)
-    return DispatchPlan(*native.plan_dispatch(topk_ids, num_experts))
+    return DispatchPlan(*autograd.kernels(backend).plan_dispatch(topk_ids, num_experts))
 
 
 def permute(hidden_states: Tensor, plan: DispatchPlan, *, backend: Backend = "auto") -> Tensor:
@@ -68,11 +69,12 @@ def permute(hidden_states: Tensor, plan: DispatchPlan, *, backend: Backend = "au
     _check_plan("permute", plan)
     if hidden_states.device != plan.source_rows.device:
         check_same_device("permute", hidden_states=hidden_states, source_rows=plan.source_rows)
-    if resolve("permute", backend, hidden_states.device.type) == "reference":
+    backend = resolve("permute", backend, hidden_states.device.type)
+    if backend == "reference":
         return reference.permute(hidden_states, plan)
     if torch.is_grad_enabled() and hidden_states.requires_grad:
-        return autograd.Permute.apply(hidden_states, plan.source_rows, plan.permuted_rows)
-    return native.permute(hidden_states, plan.source_rows)
+        return autograd.Permute.apply(hidden_states, plan.source_rows, plan.permuted_rows, backend)
+    return autograd.kernels(backend).permute(hidden_states, plan.source_rows)
 
 
 def unpermute(
@@ -109,11 +111,12 @@ def unpermute(
             raise dtype_error("unpermute", "topk_weights", FLOAT_DTYPES, topk_weights)
     if rows.device != plan.permuted_rows.device or (topk_weights is not None and rows.device != topk_weights.device):
         check_same_device("unpermute", rows=rows, permuted_rows=plan.permuted_rows, topk_weights=topk_weights)
-    if resolve("unpermute", backend, rows.device.type) == "reference":
+    backend = resolve("unpermute", backend, rows.device.type)
+    if backend == "reference":
         return reference.unpermute(rows, plan, topk_weights)
     if torch.is_grad_enabled() and (rows.requires_grad or (topk_weights is not None and topk_weights.requires_grad)):
-        return autograd.Unpermute.apply(rows, topk_weights, plan.source_rows, plan.permuted_rows)
-    return native.unpermute(rows, plan.permuted_rows, topk_weights)
+        return autograd.Unpermute.apply(rows, topk_weights, plan.source_rows, plan.permuted_rows, backend)
+    return autograd.kernels(backend).unpermute(rows, plan.permuted_rows, topk_weights)
 
 
 def _check_plan(op: str, plan: DispatchPlan) -> None:

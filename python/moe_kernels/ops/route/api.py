@@ -13,7 +13,7 @@ from moe_kernels._checks import (
     value_error,
 )
 from moe_kernels._dispatch import Backend, resolve
-from moe_kernels.ops.route import autograd, native, reference
+from moe_kernels.ops.route import autograd, reference
 
 #: position in these tuples is the code that the kernels take (csrc/ops/route/route_cpu.cpp)
 SCORES = ("softmax", "sigmoid")
@@ -163,11 +163,12 @@ def route_weights(
 
 def run(op: str, backend: Backend, logits: Tensor, arguments: tuple, function: type[torch.autograd.Function]):
     """The one dispatch of every routing op that has a gradient in its logits."""
-    if resolve(op, backend, logits.device.type) == "reference":
+    backend = resolve(op, backend, logits.device.type)
+    if backend == "reference":
         return getattr(reference, op)(logits, *arguments)
     if torch.is_grad_enabled() and logits.requires_grad:
-        return function.apply(logits, *arguments)
-    return getattr(native, op)(logits, *arguments)
+        return function.apply(logits, *arguments, backend)
+    return getattr(autograd.kernels(backend), op)(logits, *arguments)
 
 
 def check_logits(op: str, logits: Tensor) -> None:

@@ -1,0 +1,109 @@
+// Every inline PTX instruction, one function each, with a body for the host that does the same (cuda_launch.cuh says why).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "common/dtype.h"
+
+namespace moe::ptx {
+
+#if defined(__CUDACC__)
+
+#define MOE_PTX static __device__ __forceinline__
+
+MOE_PTX bf16 cvt_rn_bf16_f32(float x) {
+  bf16 y;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+}
+
+MOE_PTX fp16 cvt_rn_f16_f32(float x) {
+  fp16 y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+}
+
+MOE_PTX float cvt_f32_f16(fp16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+
+// Starts copying 4, 8 or 16 bytes from global to shared memory.
+template <int kBytes>
+MOE_PTX void cp_async(void* shared, const void* global) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+               "l"(global), "n"(kBytes)
+               : "memory");
+}
+
+MOE_PTX void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most kGroupsLeft of this thread's groups are still under way.
+template <int kGroupsLeft>
+MOE_PTX void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
+}
+
+#else
+
+#define MOE_PTX static inline
+
+MOE_PTX float float_of_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+MOE_PTX uint32_t bits_of_float(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+MOE_PTX bf16 cvt_rn_bf16_f32(float x) {
+  const uint32_t bits = bits_of_float(x);
+  if (x != x) return {0x7fff};  // the NaN of PTX
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+MOE_PTX float cvt_f32_f16(fp16 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t exponent = x.bits >> 10 & 0x1f, mantissa = x.bits & 0x3ff;
+  if (exponent == 0x1f) return float_of_bits(sign | 0x7f800000 | mantissa << 13);
+  if (exponent != 0) return float_of_bits(sign | (exponent + 112) << 23 | mantissa << 13);
+  const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
+  return sign != 0 ? -magnitude : magnitude;
+}
+
+MOE_PTX fp16 cvt_rn_f16_f32(float x) {
+  const uint16_t sign = static_cast<uint16_t>(bits_of_float(x) >> 16 & 0x8000);
+  const uint32_t magnitude = bits_of_float(x) & 0x7fffffff;
+  if (magnitude > 0x7f800000) return {0x7fff};  // the NaN of PTX
+  if (magnitude >= 0x477ff000) return {static_cast<uint16_t>(sign | 0x7c00)};  // 65520 and above round to infinity
+  if (magnitude < 0x38800000) {  // subnormal: adding 0.5 puts 2^-24 at the last bit, and the addition rounds
+    const uint32_t bits = bits_of_float(float_of_bits(magnitude) + 0.5f) - 0x3f000000;
+    return {static_cast<uint16_t>(sign | bits)};
+  }
+  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23);
+  return {static_cast<uint16_t>(sign | rounded >> 13)};
+}
+
+template <int kBytes>
+MOE_PTX void cp_async(void* shared, const void* global, simt::Site at = simt::Site::current()) {
+  simt::copy_async(shared, global, kBytes, kBytes, at);
+}
+
+MOE_PTX void cp_async_commit() { simt::commit_copies(); }
+
+template <int kGroupsLeft>
+MOE_PTX void cp_async_wait() {
+  simt::wait_copies(kGroupsLeft);
+}
+
+#endif
+
+#undef MOE_PTX
+
+}  // namespace moe::ptx

@@ -1,0 +1,96 @@
+// Vectors of up to 16 bytes that move in one memory instruction, and the arithmetic type of their elements.
+#pragma once
+
+#include "common/cuda_launch.cuh"
+#include "common/ptx.cuh"
+
+namespace moe {
+
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Vec {
+  T values[kCount];
+};
+
+template <class T>
+constexpr int kVecElements = 16 / static_cast<int>(sizeof(T));
+
+__device__ __forceinline__ float to_acc(float x) { return x; }
+__device__ __forceinline__ double to_acc(double x) { return x; }
+__device__ __forceinline__ float to_acc(fp16 x) { return ptx::cvt_f32_f16(x); }
+__device__ __forceinline__ float to_acc(bf16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float y;
+  memcpy(&y, &bits, sizeof y);
+  return y;
+}
+
+template <class T>
+__device__ __forceinline__ T from_acc(acc_t<T> x);
+template <>
+__device__ __forceinline__ float from_acc<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ double from_acc<double>(double x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ bf16 from_acc<bf16>(float x) {
+  return ptx::cvt_rn_bf16_f32(x);
+}
+template <>
+__device__ __forceinline__ fp16 from_acc<fp16>(float x) {
+  return ptx::cvt_rn_f16_f32(x);
+}
+
+// Sum over the warp, the same bits in every lane: a tree, not a chain.
+template <class Acc>
+__device__ __forceinline__ Acc warp_sum(Acc x) {
+  for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) x += __shfl_xor_sync(kAllLanes, x, lanes);
+  return x;
+}
+
+// A small tensor of any float dtype (routing weights): read one by one, so that kernels need no variant for its dtype.
+struct FloatsRef {
+  void* data;
+  ScalarType dtype;
+  int64_t stride0, stride1;  // of a matrix
+
+  template <class Acc>
+  __device__ __forceinline__ Acc load(int64_t row, int64_t column) const {
+    const int64_t at = row * stride0 + column * stride1;
+    switch (dtype) {
+      case ScalarType::Float: return static_cast<Acc>(static_cast<const float*>(data)[at]);
+      case ScalarType::BFloat16: return static_cast<Acc>(to_acc(static_cast<const bf16*>(data)[at]));
+      case ScalarType::Half: return static_cast<Acc>(to_acc(static_cast<const fp16*>(data)[at]));
+      default: return static_cast<Acc>(static_cast<const double*>(data)[at]);
+    }
+  }
+
+  template <class Acc>
+  __device__ __forceinline__ void store(int64_t row, int64_t column, Acc x) const {
+    const int64_t at = row * stride0 + column * stride1;
+    switch (dtype) {
+      case ScalarType::Float: static_cast<float*>(data)[at] = static_cast<float>(x); return;
+      case ScalarType::BFloat16: static_cast<bf16*>(data)[at] = from_acc<bf16>(static_cast<float>(x)); return;
+      case ScalarType::Half: static_cast<fp16*>(data)[at] = from_acc<fp16>(static_cast<float>(x)); return;
+      default: static_cast<double*>(data)[at] = static_cast<double>(x); return;
+    }
+  }
+};
+
+// Of a matrix, or of a vector as one row; null for an absent tensor.
+inline FloatsRef floats_ref(const Tensor& tensor) {
+  const bool matrix = tensor.dim() == 2;
+  return {const_cast<void*>(tensor.const_data_ptr()), tensor.scalar_type(), matrix ? tensor.stride(0) : 0,
+          tensor.stride(matrix ? 1 : 0)};
+}
+
+// Largest power of two that divides both addresses and all sizes, at most 16: what one access may move.
+template <class... Sizes>
+int common_alignment(const void* a, const void* b, Sizes... sizes) {
+  const uint64_t bits = reinterpret_cast<uintptr_t>(a) | reinterpret_cast<uintptr_t>(b) | 16 | (static_cast<uint64_t>(sizes) | ...);
+  return static_cast<int>(bits & (~bits + 1));
+}
+
+}  // namespace moe

@@ -1,0 +1,61 @@
+"""Every kernel configuration that the static gate compiles, with its limits.
+
+What cannot be compiled here (no nvcc, no Triton) is left out; the tests say so.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from . import build
+from .static_gate import Configuration, Limits, from_cuda, from_triton
+
+SOURCES = Path(__file__).parent / "sources"
+
+
+def cuda_configurations() -> list[Configuration]:
+    return [
+        Configuration(
+            "gemm (bench)", "gemm", 128, from_cuda(SOURCES / "gemm_sm80.cu", 2 * 2 * 64 * 40 * 2),
+            # 16 products of 16 x 8 x 16 a warp and stage; each operand comes by asynchronous copies alone
+            Limits(registers=128, min_occupancy=0.25, at_least={"tensor": 16, "async copy": 4}),
+        ),
+        Configuration(
+            "gemm, tensor maps (bench)", "gemm", 256, from_cuda(SOURCES / "gemm_sm90.cu", 5 * 8192),
+            Limits(registers=128, min_occupancy=0.25, at_least={"tensor": 4, "async copy": 3}), ("sm_90a",),
+        ),
+    ]  # fmt: skip
+
+
+def triton_configurations() -> list[Configuration]:
+    from . import triton_kernels as kernels
+
+    def grouped_gemm(capability: int) -> build.Compiled:
+        pointers = dict(rows="*bf16", weights="*bf16", out="*bf16", offsets="*i32", columns="i32", depth="i32")
+        return build.triton_compile(
+            kernels.grouped_gemm, pointers, dict(BLOCK_M=64, BLOCK_N=64, BLOCK_K=32), capability=capability,
+            aligned=tuple(pointers),
+        )  # fmt: skip
+
+    def gather_rows(capability: int) -> build.Compiled:
+        return build.triton_compile(
+            kernels.gather_rows, dict(hidden_states="*bf16", source_rows="*i32", out="*bf16", hidden_size="i32"),
+            dict(BLOCK=1024), capability=capability, aligned=("hidden_states", "out", "hidden_size"),
+        )  # fmt: skip
+
+    return [
+        Configuration(
+            "grouped_gemm 64x64x32 (bench, Triton)", "grouped_gemm", 128, from_triton(grouped_gemm),
+            Limits(min_occupancy=0.25, at_least={"tensor": 1, "async copy": 1, "128-bit global": 4}),
+        ),
+        Configuration(
+            "gather_rows (bench, Triton)", "gather_rows", 128, from_triton(gather_rows),
+            Limits(registers=40, min_occupancy=0.9, at_least={"128-bit global": 2}),
+        ),
+    ]  # fmt: skip
+
+
+CONFIGURATIONS = [
+    *(cuda_configurations() if build.missing_nvcc() is None else []),
+    *(triton_configurations() if build.missing_triton() is None else []),
+]

@@ -1,0 +1,119 @@
+"""Changed kernels must be caught: a bench that lets a mutant live proves nothing about the kernel it came from."""
+
+# ruff: noqa: E501
+import pytest
+
+from tests.gpu.shim import library
+from tests.gpu.shim.exercise import run
+
+pytestmark = pytest.mark.skipif(library.missing_reason() is not None, reason=str(library.missing_reason()))
+
+PLAN, PERMUTE, ROUTE = "plan_dispatch_cuda.cu", "permute_cuda.cu", "route_cuda.cu"
+
+#: source, what is taken out, what comes in, the build that must see it
+MUTANTS = {
+    # barriers
+    "count: no barrier after zeroing": (PLAN, "counts[e] = 0;\n    __syncthreads();", "counts[e] = 0;", "tsan"),
+    "count: no barrier before reading": (
+        PLAN, "1);\n    __syncthreads();", "1);", "tsan",
+    ),
+    "count: atomic made plain": (
+        PLAN, "atomicAdd(&counts[experts[i] - first], 1)", "counts[experts[i] - first] += 1", "tsan",
+    ),
+    "scan: no barrier before reading sums": (
+        PLAN, "warp_sums[warp] = inclusive;\n  __syncthreads();", "warp_sums[warp] = inclusive;", "plain",
+    ),
+    "scan: no barrier after reading sums": (PLAN, "  __syncthreads();\n  *total", "  *total", "tsan"),
+    "scatter: no barrier before ranks": (
+        PLAN, "histogram[i] = 0;\n    __syncthreads();", "histogram[i] = 0;", "plain",
+    ),
+    "scatter: no barrier after first rows": (
+        PLAN, "    }\n    __syncthreads();\n#pragma unroll\n    for (int i = 0; i < kPairsPerThread; ++i) {\n      if (experts",
+        "    }\n#pragma unroll\n    for (int i = 0; i < kPairsPerThread; ++i) {\n      if (experts", "plain",
+    ),
+    "scatter: first __syncwarp": (
+        PLAN, "+ before;\n      __syncwarp();", "+ before;", "plain",
+    ),
+    "scatter: second __syncwarp": (PLAN, "__popc(same);\n      __syncwarp();", "__popc(same);", "tsan"),
+    "backward: no barrier after zeroing": (
+        PERMUTE, "partial[i] = 0;\n    __syncthreads();", "partial[i] = 0;", "tsan",
+    ),
+    "backward: no barrier before the last sum": (
+        PERMUTE, "    __syncthreads();\n    if (thread < num_pairs)", "    if (thread < num_pairs)", "plain",
+    ),
+    "barrier in divergent code": (
+        PERMUTE, "    __syncthreads();\n    if (thread < num_pairs) {", "    if (thread < num_pairs) {\n __syncthreads();",
+        "plain",
+    ),
+    "route: group scores read before they are there": (
+        ROUTE, "  __syncwarp();\n  // a chosen", "  // a chosen", "tsan",
+    ),
+    "route: groups read before they are chosen": (
+        ROUTE, "  __syncwarp();\n#pragma unroll", "#pragma unroll", "tsan",
+    ),
+    # masks and bounds
+    "route: no bound on tokens": (ROUTE, "if (token >= logits.num_tokens) return;", "", "asan"),
+    "route: lanes past the last expert": (
+        ROUTE, "e < logits.num_experts ? logits.load(token, e) : -kInfinity<Acc>", "logits.load(token, e)", "asan",
+    ),
+    "route: ties to the highest": (ROUTE, "other_id < id", "other_id > id", "plain"),
+    "route: group shared by all warps": (ROUTE, "all_group_scores + threadIdx.y * num_groups", "all_group_scores", "tsan"),
+    "route: group memory of one warp": (ROUTE, "? kWarps * num_groups *", "? num_groups *", "asan"),
+    "route: backward of null experts": (ROUTE, "id >= 0 && id < num_weighed", "id >= 0 && id < num_experts", "plain"),
+    "route: sum of one lane": (ROUTE, "scores.scale = Acc{1} / warp_sum(sum)", "scores.scale = Acc{1} / sum", "plain"),
+    "plan: no bound on pairs": (PLAN, "if (pair >= num_pairs) return -1;", "", "asan"),
+    "plan: no upper bound on ids": (PLAN, "id >= 0 && id < num_experts", "id >= 0", "asan"),
+    "plan: no lower bound on ids": (PLAN, "id >= 0 && id < num_experts", "id < num_experts", "asan"),
+    "plan: tail past the end": (
+        PLAN, "row >= num_permuted && row < ids.num_pairs", "row >= num_permuted", "asan",
+    ),
+    "permute: no bound on rows": (PERMUTE, "if (row >= num_rows) return;", "", "asan"),
+    "permute: no bound on columns": (PERMUTE, "if (at < vecs_per_row) to[at]", "to[at]", "asan"),
+    "permute: skipped rows read": (PERMUTE, "if (owned && at < vecs_per_row)", "if (at < vecs_per_row)", "plain"),
+    "unpermute: no bound on columns": (PERMUTE, "if (token >= num_tokens || column >= hidden_size) return;",
+                                       "if (token >= num_tokens) return;", "asan"),
+    "unpermute: no skipped pairs": (PERMUTE, "if (row < 0 || row >= num_rows) continue;", "", "asan"),
+    # indices and strides
+    "permute: output stride of the input": (PERMUTE, "rows + row * vecs_per_row", "rows + row * (vecs_per_row + 1)", "asan"),
+    "permute: column shifted": (PERMUTE, "(kVecsPerLane * kWarpSize) + threadIdx.x", "(kVecsPerLane * kWarpSize) + threadIdx.x + 1",
+                                "asan"),
+    "plan: unstable rank": (PLAN, "((1u << lane) - 1)", "~((2u << lane) - 1)", "plain"),
+    "plan: token and slot strides swapped": (
+        PLAN, "token * token_stride + (pair - token * top_k) * slot_stride",
+        "token * slot_stride + (pair - token * top_k) * token_stride", "asan",
+    ),
+    "unpermute: weights of the next slot": (PERMUTE, "topk_weights.load<Acc>(token, k);",
+                                            "topk_weights.load<Acc>(token, k ^ 1);", "plain"),
+    "backward: one warp left out": (PERMUTE, "for (int w = 0; w < kWarps; ++w) inner", "for (int w = 1; w < kWarps; ++w) inner",
+                                    "plain"),
+    "backward: half of the warp's sum": (PERMUTE, "inner = warp_sum(inner);", "inner += __shfl_xor_sync(kAllLanes, inner, 1);",
+                                         "plain"),
+    "backward: rows of nobody not zeroed": (PERMUTE, "if (source >= 0 && source < num_tokens) continue;", "continue;", "plain"),
+    # memory
+    "scatter: histogram one warp short": (
+        PLAN, "histogram, kWarps * kExpertsAtOnce", "histogram, (kWarps - 1) * kExpertsAtOnce", "plain",
+    ),
+    "scan: sums one warp short": (PLAN, "warp_sums, kScanThreads / kWarpSize", "warp_sums, kScanThreads / kWarpSize - 1", "asan"),
+    "launch: too many threads": (PLAN, "constexpr int kScanThreads = 1024", "constexpr int kScanThreads = 2048", "plain"),
+    "launch: a block short": (PERMUTE, "ceil_div(num_rows, kWarps)", "num_rows / kWarps", "plain"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flavour", ["plain", "asan", "tsan", "ucontext"])
+def test_kernels_are_right_in_every_build(flavour):
+    process = run(flavour)
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name, tmp_path):
+    file, out, into, flavour = MUTANTS[name]
+    (source,) = (path for path in library.cuda_sources() if path.name == file)
+    text = source.read_text()
+    assert out in text, "the kernel has changed: change the mutant with it"
+    changed = tmp_path / file
+    changed.write_text(text.replace(out, into, 1))
+    process = run(flavour, changed)
+    assert process.returncode != 0, f"lives: {name}"
+    print(*(process.stdout + process.stderr).splitlines()[-12:], sep="\n")
