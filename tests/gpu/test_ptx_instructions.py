@@ -12,8 +12,8 @@ from .ptx import Fault, PtxError, report, run_ptx
 from .ptx.formats import FP8_TABLES, to_fp8
 
 N = 256
-SIZES = {"b16": 2, "u16": 2, "s16": 2, "f16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4, "b64": 8, "u64": 8, "s64": 8, "f64": 8,
-         "f16x2": 4, "bf16x2": 4, "bf16": 2}  # fmt: skip
+SIZES = {"b16": 2, "u16": 2, "s16": 2, "f16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4, "b64": 8, "u64": 8, "s64": 8, 
+         "f64": 8, "f16x2": 4, "bf16x2": 4, "bf16": 2}  # fmt: skip
 
 
 def run_instruction(text: str, types: list[str], inputs: list[np.ndarray], prelude: str = "") -> np.ndarray:

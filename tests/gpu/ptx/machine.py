@@ -199,7 +199,8 @@ class Machine:
             try:
                 if control is not None:
                     next_pc = control(self, pc, index, active_index)
-                    if next_pc is None or not alone:
+                    waits = alone and next_pc is not None and next_pc <= pc and self.yielded.any()
+                    if next_pc is None or not alone or waits:
                         if next_pc is not None:
                             self.pc[index] = next_pc
                         return
