@@ -18,12 +18,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
           "fp8e5": torch.float8_e5m2, "fp8e4nv": torch.float8_e4m3fn}  # fmt: skip
 
 
-def grouped_gemm(capability: int, tile, num_stages: int = 3):
+def grouped_gemm(capability: int, tile, num_stages: int = 3, num_warps: int = 4):
     return build.triton_compile(
         kernels.grouped_gemm,
         dict(rows="*bf16", weights="*bf16", out="*bf16", offsets="*i32", columns="i32", depth="i32"),
         dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile, strict=True)),
-        capability=capability, num_stages=num_stages, aligned=("rows", "weights", "out", "offsets", "columns", "depth"),
+        capability=capability, num_stages=num_stages, num_warps=num_warps, aligned=("rows", "weights", "out", "offsets", "columns", "depth"),
     )  # fmt: skip
 
 
@@ -61,6 +61,19 @@ def test_grouped_gemm(capability, tile, seed):
     assert_close_to_reference(out, expected, expected_groups(rows, weights, offsets))
     tiles = 2 + 1 + 1
     assert counters.tensor_flops == tiles * 2 * 64 * 64 * 128
+
+
+# two warpgroups; n of 256, the widest wgmma
+@pytest.mark.parametrize("tile, num_warps", [((128, 64, 64), 8), ((64, 256, 64), 4)])
+def test_large_tiles(tile, num_warps):
+    kernel = grouped_gemm(90, tile, num_warps=num_warps)
+    rows, weights, out, offsets = ragged([70, 0, 13], columns=256, depth=128)
+    run_ptx(
+        kernel.ptx, kernel.name, (2, 256 // tile[1], 3), kernel.block, [rows, weights, out, offsets, 256, 128],
+        kernel.shared_bytes, uninitialized=[out],
+    )  # fmt: skip
+    expected = expected_groups(rows.double(), weights.double(), offsets)
+    assert_close_to_reference(out, expected, expected_groups(rows, weights, offsets))
 
 
 def wait_at_once(text: str) -> str:
