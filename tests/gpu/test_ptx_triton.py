@@ -23,7 +23,8 @@ def grouped_gemm(capability: int, tile, num_stages: int = 3, num_warps: int = 4)
         kernels.grouped_gemm,
         dict(rows="*bf16", weights="*bf16", out="*bf16", offsets="*i32", columns="i32", depth="i32"),
         dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), tile, strict=True)),
-        capability=capability, num_stages=num_stages, num_warps=num_warps, aligned=("rows", "weights", "out", "offsets", "columns", "depth"),
+        capability=capability, num_stages=num_stages, num_warps=num_warps,
+        aligned=("rows", "weights", "out", "offsets", "columns", "depth"),
     )  # fmt: skip
 
 
