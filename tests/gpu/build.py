@@ -52,7 +52,7 @@ def find_tool(name: str) -> str:
     found = shutil.which(name)
     if found is None:
         raise RuntimeError(
-            f"{name} is not here; pip install triton (which brings it) or nvidia-cuda-{name}, or the CUDA toolkit"
+            f"{name} is not here; pip install triton, which brings it, or put the CUDA toolkit on the search path"
         )
     return found
 

@@ -1,8 +1,8 @@
 """Triton's own interpreter with bfloat16 put right and every address checked.
 
-Run a process with ``TRITON_INTERPRET=1`` and call :func:`install` before any kernel runs; kernels then take CPU tensors
-and run as numpy. Unmended, the interpreter adds, compares and multiplies the bit patterns of bfloat16, truncates when it
-rounds to it, and an address outside the tensors ends the process without a word.
+Run a process with ``TRITON_INTERPRET=1`` and call :func:`install` before any kernel runs; kernels then take CPU
+tensors and run as numpy. Unmended, the interpreter adds, compares and multiplies the bit patterns of bfloat16,
+truncates when it rounds to it, and an address outside the tensors ends the process without a word.
 
 After :func:`install` bfloat16 is computed in float32 and rounded to nearest even after each operation (a dot product
 or a sum once, at its end), and a load, store or atomic outside the tensors that the launch was given, or misaligned,

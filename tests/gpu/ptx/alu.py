@@ -225,8 +225,9 @@ def build_divide(ins, c):
         zero = b == 0
         safe = np.where(zero, b.dtype.type(1), b)
         if signed(type_):
-            quotient = np.where((a < 0) != (safe < 0), -(np.abs(a) // np.abs(safe)), np.abs(a) // np.abs(safe))
-            quotient = quotient.astype(a.dtype)
+            quotient = a // safe
+            rest = a - quotient * safe  # numpy rounds down, PTX toward zero
+            quotient = quotient + ((rest != 0) & ((a < 0) != (safe < 0)))
         else:
             quotient = a // safe
         result = quotient if ins.name == "div" else a - quotient * safe

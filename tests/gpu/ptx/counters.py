@@ -57,6 +57,12 @@ class Counters:
         return self.read_unique_sectors + self.write_unique_sectors
 
 
+def distinct(keys: np.ndarray) -> np.ndarray:
+    """The sorted distinct keys; several times faster than ``np.unique``, which hashes."""
+    keys = np.sort(keys)
+    return keys[np.r_[True, keys[1:] != keys[:-1]]] if len(keys) else keys
+
+
 def count_sectors(addresses: np.ndarray, warps: np.ndarray, total: int) -> np.ndarray:
     """Distinct (warp, sector) pairs of one instruction, as ``warp << 40 | sector``."""
     first = addresses // SECTOR
@@ -64,7 +70,7 @@ def count_sectors(addresses: np.ndarray, warps: np.ndarray, total: int) -> np.nd
     keys = (warps.astype(np.int64) << 40) | first
     if (first != last).any():
         keys = np.concatenate([keys, (warps.astype(np.int64) << 40) | last])
-    return np.unique(keys)
+    return distinct(keys)
 
 
 def wavefronts(offsets: np.ndarray, phases: np.ndarray, total: int) -> tuple[int, int]:
@@ -75,11 +81,11 @@ def wavefronts(offsets: np.ndarray, phases: np.ndarray, total: int) -> tuple[int
     """
     words = max(1, total // 4)
     word = (offsets[:, None] // 4 + np.arange(words)).ravel()
-    keys = np.unique((np.repeat(phases, words).astype(np.int64) << 32) | word)
+    keys = distinct((np.repeat(phases, words).astype(np.int64) << 32) | word)
     phase, bank = keys >> 32, keys & 31
-    names, dense = np.unique(phase, return_inverse=True)
-    depth = np.bincount(dense * 32 + bank, minlength=len(names) * 32).reshape(-1, 32).max(1)
-    return int(depth.sum()), len(names)
+    dense = np.cumsum(np.r_[False, phase[1:] != phase[:-1]])
+    depth = np.bincount(dense * 32 + bank, minlength=(dense[-1] + 1) * 32).reshape(-1, 32).max(1)
+    return int(depth.sum()), len(depth)
 
 
 def classify(opcode: str) -> str:

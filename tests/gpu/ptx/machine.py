@@ -199,7 +199,8 @@ class Machine:
             try:
                 if control is not None:
                     next_pc = control(self, pc, index, active_index)
-                    if next_pc is None or not alone:
+                    waits = alone and next_pc is not None and next_pc <= pc and self.yielded.any()
+                    if next_pc is None or not alone or waits:
                         if next_pc is not None:
                             self.pc[index] = next_pc
                         return
@@ -304,6 +305,8 @@ class Machine:
 
     def arrive(self, index: np.ndarray, barrier: np.ndarray, expected: np.ndarray | None, waits: bool, on_release=None):
         """Threads of whole warps come to a barrier; ``expected`` counts threads, None means all living ones."""
+        if waits and expected is None and (barrier == barrier[0]).all() and self._release_whole_blocks(index):
+            return
         for block in np.unique(self.block_of[index]):
             here = index[self.block_of[index] == block]
             names = barrier[self.block_of[index] == block]
@@ -324,6 +327,20 @@ class Machine:
                     count = int(expected[self.block_of[index] == block][names == name][0])
                     self.expected_counts[key] = count
                 self.try_release(*key)
+
+    def _release_whole_blocks(self, index: np.ndarray) -> bool:
+        """The usual case, for all blocks at once: every thread of every warp of the blocks has come together."""
+        counts = np.bincount(self.block_of[index], minlength=len(self.blocks))
+        blocks = np.flatnonzero(counts)
+        finish = self.program.on_release.get(int(self.pc[index[0]]))
+        if finish is not None or (counts[blocks] != self.threads_per_block).any():
+            return False
+        warps = (blocks[:, None] * self.warps_per_block + np.arange(self.warps_per_block)).ravel()
+        self.shadow.join_blocks(blocks)
+        self.counters.barriers += len(warps)
+        self.pc[index] += 1
+        self.yielded[warps] = False
+        return True
 
     def try_release(self, block: int, barrier: int) -> None:
         window = self._of_block(block)
