@@ -5,12 +5,15 @@ SHELL := /bin/bash
 VENV ?= .venv
 VENV_CPU ?= .venv-cpu
 MAX_JOBS ?= $(shell nproc)
+TEST_JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(MAX_JOBS)
 
 SOURCES := $(shell find csrc python -name '*.py' -o -name '*.cpp' -o -name '*.cu*' -o -name '*.h') CMakeLists.txt pyproject.toml
 EXTRAS := "transformers>=5.23" accelerate gguf safetensors tqdm rich matplotlib ruff
 # without a build environment of its own: pip would install a second PyTorch there
 INSTALL = -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps
+
+PYTEST = -m pytest -q -n $(TEST_JOBS)
 
 .PHONY: help demo test test-main test-isas test-cpu-torch test-emulated sanitize gpu-shim gpu-report bench style dev wheel clean
 
@@ -42,23 +45,27 @@ $(VENV_CPU)/installed: $(VENV_CPU)/ready $(SOURCES)
 	PATH=$(abspath $(VENV_CPU))/bin:/usr/bin:/bin CUDACXX= $(VENV_CPU)/bin/python $(INSTALL) .
 	@touch $@
 
+# the processes share the cores: one thread in each, except where a test asks for more
+test-main test-isas test-cpu-torch test-emulated sanitize: export OMP_NUM_THREADS = 1
+
 demo: $(VENV)/installed
 	$(VENV)/bin/python -m moe_kernels demo
 
 test: test-main test-isas test-cpu-torch test-emulated sanitize
 
 test-main: $(VENV)/installed
-	$(VENV)/bin/python -m pytest tests
+	$(VENV)/bin/python $(PYTEST) tests --ignore tests/gpu/shim/test_mutants.py
 
 # the kernel sets that this machine can run but would not choose
 test-isas: $(VENV)/installed
 	set -e; for isa in $$($(VENV)/bin/python -c 'from moe_kernels import _host; print(*_host.runnable_isas()[:-1])'); do \
 	  echo "MOE_KERNELS_CPU_ISA=$$isa"; \
-	  MOE_KERNELS_CPU_ISA=$$isa $(VENV)/bin/python -m pytest -q tests/ops -k "not compile and not export"; \
+	  MOE_KERNELS_CPU_ISA=$$isa $(VENV)/bin/python $(PYTEST) tests/ops \
+	    -k "not compile and not export and not simt and not triton"; \
 	done
 
 test-cpu-torch: $(VENV_CPU)/installed
-	$(VENV_CPU)/bin/python -m pytest -q tests --ignore tests/integrations --ignore tests/demo --ignore tests/benchmarks \
+	$(VENV_CPU)/bin/python $(PYTEST) tests --ignore tests/integrations --ignore tests/demo --ignore tests/benchmarks \
 	  --ignore tests/gpu
 
 # the AVX-512 kernel sets where the machine has no AVX-512: what runs on their tiles
@@ -67,7 +74,7 @@ test-emulated: $(VENV_CPU)/installed
 	$(VENV_CPU)/bin/python $(INSTALL) --target $(VENV_CPU)/emulated --upgrade -Cbuild-dir=build/emulated \
 	  -Ccmake.define.MOE_KERNELS_EMULATE_AVX512=ON . && \
 	for isa in avx512 avx512_bf16; do \
-	  PYTHONPATH=$(VENV_CPU)/emulated MOE_KERNELS_CPU_ISA=$$isa $(VENV_CPU)/bin/python -m pytest -q -n $(MAX_JOBS) \
+	  PYTHONPATH=$(VENV_CPU)/emulated MOE_KERNELS_CPU_ISA=$$isa $(VENV_CPU)/bin/python $(PYTEST) \
 	    tests/ops/test_grouped_gemm.py tests/ops/test_expert_ffn.py -k "not compile and not export" || exit 1; \
 	done
 
@@ -77,9 +84,10 @@ sanitize: $(VENV_CPU)/ready
 	  -Ccmake.define.MOE_KERNELS_SANITIZE=ON -Ccmake.build-type=None .
 	PYTHONPATH=$(VENV_CPU)/sanitized LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 MOE_KERNELS_TEST_SIMT=asan \
-	  $(VENV_CPU)/bin/python -m pytest -q tests/ops -k "not compile and not export"
+	  $(VENV_CPU)/bin/python $(PYTEST) tests/ops -k "not compile and not export"
 
-# CUDA sources on the CPU: AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer look, and every mutant dies
+# CUDA sources on the CPU: AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer look; 42 mutants, each of
+# which is a build of its own
 gpu-shim: $(VENV)/installed
 	$(VENV)/bin/python -m pytest tests/gpu/shim
 

@@ -1,4 +1,4 @@
-"""The README's tables and plot, from the newest run of each cell in the histories.
+"""The README's tables, one a processor, and its plot, from the newest run of each cell in the histories.
 
 python benchmarks/summary.py [--plot benchmarks/results/expert_ffn.png]
 """
@@ -77,17 +77,20 @@ def plot(rows: list[Row], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plot", type=Path, help="write the forward plot here")
+    parser.add_argument("--plot", type=Path, help="write the forward plot of the newest processor here")
     options = parser.parse_args()
     for op in ("expert_ffn", "expert_ffn_train"):
         path = _HERE / "results" / f"{op}.csv"
         if not path.exists():
             print(f"{op}: no history; run benchmarks/run.py --op {op}")
             continue
-        rows = read_latest([path])
-        print(f"\n{op}, {rows[0].cpu}, {rows[0].threads} threads, torch {rows[0].torch}\n\n{table(rows)}")
+        by_cpu: dict[str, list[Row]] = {}
+        for row in sorted(read_latest([path]), key=lambda row: row.date):
+            by_cpu.setdefault(row.cpu, []).append(row)
+        for cpu, rows in by_cpu.items():
+            print(f"\n{op}, {cpu}, {rows[-1].threads} threads, torch {rows[-1].torch}\n\n{table(rows)}")
         if op == "expert_ffn" and options.plot:
-            plot(rows, options.plot)
+            plot(max(by_cpu.values(), key=lambda rows: rows[-1].date), options.plot)
 
 
 if __name__ == "__main__":

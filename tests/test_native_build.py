@@ -21,7 +21,7 @@ def test_microkernel_objects_define_nothing_shared():
     # the linker keeps one copy of a weak symbol for the whole library: an AVX-512 one would crash an older processor
     objects = sorted((Path(__file__).parent.parent / "build").rglob("microkernels_*.dir/**/table.cpp.o"))
     for path in objects:
-        if "sanitize" in str(path):
+        if {"sanitize", "emulated"} & set(path.parts):  # builds that only tests run
             continue
         listing = subprocess.run(["nm", "--demangle", path], capture_output=True, text=True, check=True).stdout
         shared = [line for line in listing.splitlines() if " W " in line or " V " in line or " u " in line]

@@ -61,7 +61,7 @@ struct RowMajor {
   static constexpr int kPanels = 1;
   DotWeights<T> weights;
 
-  const Panel* panels(int64_t column, int64_t width, int64_t k0, int64_t depth, Panel* out) const {
+  __attribute__((always_inline)) const Panel* panels(int64_t column, int64_t width, int64_t k0, int64_t depth, Panel* out) const {
     constexpr int kN = kLanes<Panel>;
     const T* rows = weights.row(column) + k0;
     for (int64_t line = 0; line < depth; line += kLineSteps<T>)
@@ -76,7 +76,7 @@ struct RowMajor {
         }
     return out;
   }
-  Fetch fetch(int64_t column, int64_t width, int64_t k0, int64_t depth) const {
+  __attribute__((always_inline)) Fetch fetch(int64_t column, int64_t width, int64_t k0, int64_t depth) const {
     const int64_t lines = ceil_div(depth, kLineSteps<T>);
     return {reinterpret_cast<uintptr_t>(weights.row(column) + k0), lines,
             weights.row_stride * static_cast<int64_t>(sizeof(T)), 0, width * lines};
@@ -89,10 +89,10 @@ struct Prepacked {
   static constexpr int kPanels = 1;
   DotWeights<T> weights;
 
-  const T* panels(int64_t column, int64_t, int64_t k0, int64_t, acc_t<T>*) const {
+  __attribute__((always_inline)) const T* panels(int64_t column, int64_t, int64_t k0, int64_t, acc_t<T>*) const {
     return weights.row(column) + k0 * kPanel<T>;
   }
-  Fetch fetch(int64_t column, int64_t, int64_t k0, int64_t depth) const {
+  __attribute__((always_inline)) Fetch fetch(int64_t column, int64_t, int64_t k0, int64_t depth) const {
     const int64_t lines = ceil_div(depth * kPanel<T>, kLineSteps<T>);
     return {reinterpret_cast<uintptr_t>(weights.row(column) + k0 * kPanel<T>), lines, 0, 0, lines};
   }
@@ -102,7 +102,7 @@ struct Prepacked {
 template <class T>
 struct ConvertedPrepacked : Prepacked<T> {
   using Panel = acc_t<T>;
-  const Panel* panels(int64_t column, int64_t, int64_t k0, int64_t depth, Panel* out) const {
+  __attribute__((always_inline)) const Panel* panels(int64_t column, int64_t, int64_t k0, int64_t depth, Panel* out) const {
     convert(this->weights.row(column) + k0 * kPanel<T>, out, depth * kPanel<T>);
     return out;
   }

@@ -47,7 +47,7 @@ struct StepMajor {
   const T* b;
   int64_t step_stride;
 
-  const Panel* panels(int64_t column, int64_t width, int64_t k0, int64_t depth, Panel* out) const {
+  __attribute__((always_inline)) const Panel* panels(int64_t column, int64_t width, int64_t k0, int64_t depth, Panel* out) const {
     constexpr int kDepth = OuterOperand<T>::kDepth;
     const int64_t panel_size = ceil_div(depth, kDepth) * kPanel<T>;
     for (int64_t step = 0; step < depth; step += kDepth)
@@ -57,7 +57,7 @@ struct StepMajor {
                         kPanel<T>, 0, out + j / kPanel<T> * panel_size + step / kDepth * kPanel<T>);
     return out;
   }
-  Fetch fetch(int64_t column, int64_t width, int64_t k0, int64_t depth) const {
+  __attribute__((always_inline)) Fetch fetch(int64_t column, int64_t width, int64_t k0, int64_t depth) const {
     const int64_t lines = ceil_div(width * static_cast<int64_t>(sizeof(T)), kCacheLine);
     const int64_t bytes = step_stride * static_cast<int64_t>(sizeof(T));
     return {reinterpret_cast<uintptr_t>(b + column) + static_cast<uintptr_t>(k0 * bytes), lines, bytes, 0, lines * depth};
