@@ -59,9 +59,11 @@ template <class T>
 struct RowMajor {
   using Panel = acc_t<T>;
   static constexpr int kPanels = 1;
+  static constexpr int64_t panel_stride(int64_t) { return 0; }
   DotWeights<T> weights;
 
-  __attribute__((always_inline)) const Panel* panels(int64_t column, int64_t width, int64_t k0, int64_t depth, Panel* out) const {
+  __attribute__((always_inline)) const Panel* panels(int64_t column, int64_t width, int64_t k0, int64_t depth,
+                                                     Panel* out) const {
     constexpr int kN = kLanes<Panel>;
     const T* rows = weights.row(column) + k0;
     for (int64_t line = 0; line < depth; line += kLineSteps<T>)
@@ -87,6 +89,7 @@ template <class T>
 struct Prepacked {
   using Panel = T;
   static constexpr int kPanels = 1;
+  static constexpr int64_t panel_stride(int64_t) { return 0; }
   DotWeights<T> weights;
 
   __attribute__((always_inline)) const T* panels(int64_t column, int64_t, int64_t k0, int64_t, acc_t<T>*) const {
@@ -102,7 +105,8 @@ struct Prepacked {
 template <class T>
 struct ConvertedPrepacked : Prepacked<T> {
   using Panel = acc_t<T>;
-  __attribute__((always_inline)) const Panel* panels(int64_t column, int64_t, int64_t k0, int64_t depth, Panel* out) const {
+  __attribute__((always_inline)) const Panel* panels(int64_t column, int64_t, int64_t k0, int64_t depth,
+                                                     Panel* out) const {
     convert(this->weights.row(column) + k0 * kPanel<T>, out, depth * kPanel<T>);
     return out;
   }
