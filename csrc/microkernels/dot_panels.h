@@ -6,8 +6,7 @@
 // fp32 107, bf16 60). Panels are read from L1 and converted once.
 //
 // Up to kFewRows rows of x (decode) are multiplied as the weights are turned, without a panel in memory: same chains, same
-// bits. Prepacked weights
-// (kPanel rows, one step apart) are panels already.
+// bits. Prepacked weights (kPanel rows, one step apart) are panels already.
 #pragma once
 
 #include "microkernels/panels.h"

@@ -1,8 +1,7 @@
 // Rows of x times panels of weights, whatever the weights' layout: each source turns its memory into panels of kPanel
 // columns, a chunk of kChunk steps and kPanels panels at a time, just before their tiles run: they are still in L1 or L2.
 //
-// Turning costs about 0.3 cycles a weight and each row of x brings kPanel / 16 multiply-adds of 16 lanes to it, so a few
-// rows repay it. Rows of x are packed beside each other: where they lie a multiple of 4 KiB apart they would meet in the
+// Turning costs about half a cycle a weight (Zen 3), as much as the multiply-adds of 8 rows of x. Rows of x are packed beside each other: where they lie a multiple of 4 KiB apart they would meet in the
 // same sets of L1.
 #pragma once
 
