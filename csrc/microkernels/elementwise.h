@@ -266,14 +266,25 @@ static void scale(const T* row, acc_t<T> weight, T* out, int64_t n) {
   for (; i < n; ++i) out[i] = from_acc<T>(weight * to_acc(row[i]));
 }
 
+// The sum of the sums over kChunk elements, each in four vectors: of 5120 products in one vector of 4 lanes the float sum was
+// 1.4e-4 off where PyTorch's was 4e-5.
 template <class T>
 static acc_t<T> inner_product(const T* a, const T* b, int64_t n) {
-  constexpr int kN = kLanes<acc_t<T>>;
-  Vec<acc_t<T>> sum{};
-  int64_t i = 0;
-  for (; i + kN <= n; i += kN) sum += load_converted(a + i) * load_converted(b + i);
-  if (i < n) sum += load_converted_partial(a + i, n - i) * load_converted_partial(b + i, n - i);
-  return reduce<acc_t<T>>(sum);
+  using Acc = acc_t<T>;
+  constexpr int kN = kLanes<Acc>;
+  constexpr int64_t kChunk = 1024;
+  Vec<Acc> total{};
+  for (int64_t begin = 0; begin < n; begin += kChunk) {
+    const int64_t end = n - begin < kChunk ? n : begin + kChunk;
+    Vec<Acc> sum[4] = {};
+    int64_t i = begin;
+    for (; i + 4 * kN <= end; i += 4 * kN)
+      for (int v = 0; v < 4; ++v) sum[v] += load_converted(a + i + v * kN) * load_converted(b + i + v * kN);
+    for (; i + kN <= end; i += kN) sum[0] += load_converted(a + i) * load_converted(b + i);
+    if (i < end) sum[1] += load_converted_partial(a + i, end - i) * load_converted_partial(b + i, end - i);
+    total += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+  return reduce<Acc>(total);
 }
 
 template <class T>
