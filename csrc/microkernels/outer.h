@@ -70,14 +70,20 @@ static void outer(const T* const* a, int64_t m, const T* b, int64_t b_step_strid
                   int64_t ldc, void* scratch) {
   if (k == 0) return fill_zero_rows<T>(c, m, n, ldc);
   static_assert(kFewSteppedRows == 4);
-  switch (m) {
-    case 1: return outer_few<T, 1>(a, b, b_step_stride, n, k, c, ldc, static_cast<acc_t<T>*>(scratch));
-    case 2: return outer_few<T, 2>(a, b, b_step_stride, n, k, c, ldc, static_cast<acc_t<T>*>(scratch));
-    case 3: return outer_few<T, 3>(a, b, b_step_stride, n, k, c, ldc, static_cast<acc_t<T>*>(scratch));
-    case 4: return outer_few<T, 4>(a, b, b_step_stride, n, k, c, ldc, static_cast<acc_t<T>*>(scratch));
+  if (m > kFewSteppedRows) {
+    const PanelBlock<T, StepMajor<T>> block{{b, b_step_stride}, 0, n, c};
+    return multiply_panels<T>(a, m, &block, 1, k, ldc, {}, scratch);
   }
-  const PanelBlock<T, StepMajor<T>> block{{b, b_step_stride}, 0, n, c};
-  multiply_panels<T>(a, m, &block, 1, k, ldc, {}, scratch);
+  acc_t<T>* chunk_sums = static_cast<acc_t<T>*>(scratch);
+  for (int64_t j = 0; j < n; j += kMaxOuterBlock) {
+    const int64_t width = n - j < kMaxOuterBlock ? n - j : kMaxOuterBlock;
+    switch (m) {
+      case 1: outer_few<T, 1>(a, b + j, b_step_stride, width, k, c + j, ldc, chunk_sums); break;
+      case 2: outer_few<T, 2>(a, b + j, b_step_stride, width, k, c + j, ldc, chunk_sums); break;
+      case 3: outer_few<T, 3>(a, b + j, b_step_stride, width, k, c + j, ldc, chunk_sums); break;
+      case 4: outer_few<T, 4>(a, b + j, b_step_stride, width, k, c + j, ldc, chunk_sums); break;
+    }
+  }
 }
 
 }  // namespace moe::MOE_ISA

@@ -68,9 +68,14 @@ struct StepMajor {
   }
   // a step's stores to all panels would meet in one set of L1 if panels were whole multiples of 4 KiB
   static constexpr int64_t panel_stride(int64_t steps) { return (steps + 1) * kPanel<T>; }
-  // Nothing: short runs a page apart cost more to fetch ahead than they bring (Zen 3, backward of shape A with frozen
-  // weights: 0.73 s, fetching 0.82).
-  __attribute__((always_inline)) static Fetch fetch(int64_t, int64_t, int64_t, int64_t) { return {}; }
+  // (Zen 3, one thread, backward of 2048 x 768 x 32 experts of 32 rows: 36 GFLOP/s without, 40 fetching ahead.)
+  __attribute__((always_inline)) Fetch fetch(int64_t column, int64_t width, int64_t k0, int64_t depth) const {
+    const int64_t lines = ceil_div(width * static_cast<int64_t>(sizeof(T)), kCacheLine);
+    return {.begin = reinterpret_cast<uintptr_t>(b + k0 * step_stride + column),
+            .run_lines = lines,
+            .run_stride = step_stride * static_cast<int64_t>(sizeof(T)),
+            .end = depth * lines};
+  }
 };
 
 // `n` columns of the result.

@@ -108,7 +108,7 @@ struct Microkernels {
   int64_t dot_step;         // elements of one step of dot
   int64_t dot_panel_rows;   // rows of one packed panel
   int64_t outer_panel;      // columns that outer computes together
-  int64_t outer_max_block;  // the most rows and columns of one call of outer and weight_grad
+  int64_t outer_max_block;  // the most rows of one call of outer, rows and columns of weight_grad
   bool dot_packs;           // dot turns its weights into panels: a block of columns need not fit L2, wide ones save work
   int64_t scratch_bytes;    // of dot, outer and weight_grad
 };

@@ -86,24 +86,31 @@ struct ExpertMatrices {
   // Every block is a multiple of this many columns.
   static constexpr int64_t kBlockUnit = 16;
 
-  // Columns of the result that one task computes: the weights they read (bytes a column: in * sizeof(T)) should stay in
-  // L2 beside the rows and the weights that are fetched for the next task, and there should be tasks for every thread.
+  // Columns of the result that one task computes, and tasks for every thread. Dot: the weights they read (bytes a column:
+  // in * sizeof(T)) should stay in L2 beside the rows and the weights that are fetched for the next task. Outer: see
+  // kOuterColumns.
   int64_t block(int64_t columns, int64_t other_tasks) const {
     const Microkernels<T>& kernels = microkernels<T>();
-    int64_t block = kernels.outer_max_block, smallest = std::max(kBlockUnit, kernels.outer_panel);
-    if (dot_layout && !kernels.dot_packs) {
-      const int64_t fits = l2_bytes() * kWeightShare / 16 / std::max<int64_t>(1, in * static_cast<int64_t>(sizeof(T)));
-      block = std::clamp<int64_t>(fits / kBlockUnit * kBlockUnit, kBlockUnit, block);
-      smallest = kBlockUnit;
-    }
-    const auto split = [&](int64_t down_to, int64_t wanted_tasks) {
+    const auto split = [&](int64_t block, int64_t down_to, int64_t wanted_tasks) {
       while (block > down_to && (columns + block - 1) / block * other_tasks < wanted_tasks) block = half_block(block);
+      return block;
     };
+    if (!dot_layout) {
+      const int64_t block = split(2 * kOuterColumns, kOuterColumns, 16 * num_threads());
+      return split(block, std::max(kBlockUnit, kernels.outer_panel), 2 * num_threads());
+    }
+    int64_t block = kernels.outer_max_block;
     // packing is repaid by 64 columns already; many tasks even out threads that other work holds up
-    if (!dot_layout || kernels.dot_packs) split(64, 16 * num_threads());
-    split(smallest, 4 * num_threads());
-    return block;
+    if (kernels.dot_packs)
+      return split(split(block, 64, 16 * num_threads()), std::max(kBlockUnit, kernels.outer_panel), 4 * num_threads());
+    const int64_t fits = l2_bytes() * kWeightShare / 16 / std::max<int64_t>(1, in * static_cast<int64_t>(sizeof(T)));
+    block = std::clamp<int64_t>(fits / kBlockUnit * kBlockUnit, kBlockUnit, block);
+    return split(block, kBlockUnit, 4 * num_threads());
   }
+  // Rows of an outer layout are read in runs of a block's columns, each step's in a page of its own: narrow blocks come
+  // back to every page many times, and looking a page up costs more than reading 256 bytes of it. (Zen 3, backward of
+  // shape A with frozen weights, 512 tokens, fp32, two threads: blocks of 64 to 256 columns 630 ms, of 512 to 1024 325 ms.)
+  static constexpr int64_t kOuterColumns = 512;
   // In sixteenths of L2. (Zen 4, 1 MiB of L2, shape 2048 x 5632 x 8 experts, 2048 tokens, bf16, one thread: 2.5, 5, 7.5,
   // 10 sixteenths give 154, 171, 189, 179 GFLOP/s.)
   static constexpr int64_t kWeightShare = 7;
