@@ -6,6 +6,7 @@
 #else
 #include "microkernels/dot_panels.h"
 #endif
+#include "microkernels/dot_quantized.h"
 #include "microkernels/elementwise.h"
 #include "microkernels/outer.h"
 #include "microkernels/weight_grad.h"
@@ -14,8 +15,9 @@ namespace moe::MOE_ISA {
 
 template <class T>
 static constexpr Microkernels<T> make() {
-  return {
+  Microkernels<T> kernels = {
       .dot = dot<T>,
+      .dot_quantized = nullptr,
       .outer = outer<T>,
       .weight_grad = weight_grad<T>,
       .activation_forward = activation_forward<T>,
@@ -43,6 +45,8 @@ static constexpr Microkernels<T> make() {
 #endif
       .scratch_bytes = kScratchBytes<T>,
   };
+  if constexpr (__is_same(acc_t<T>, float)) kernels.dot_quantized = dot_quantized<T>;
+  return kernels;
 }
 
 extern const MicrokernelTable table;
