@@ -5,6 +5,8 @@ from moe_kernels.nn.cosine_router import CosineRouter
 from moe_kernels.nn.feed_forward import MoEFeedForward, Routed
 from moe_kernels.nn.prior_approximate import prior_approximate_loss, train_router
 from moe_kernels.nn.prune import merge_experts, prune_experts
+from moe_kernels.nn.quantize import quantize_experts
+from moe_kernels.nn.quantized_experts import QuantizedExperts
 from moe_kernels.nn.split import split_dense
 from moe_kernels.nn.statistics import ModuleStatistics
 from moe_kernels.nn.upcycle import upcycle
@@ -14,10 +16,12 @@ __all__ = [
     "MoEAttention",
     "MoEFeedForward",
     "ModuleStatistics",
+    "QuantizedExperts",
     "Routed",
     "merge_experts",
     "prior_approximate_loss",
     "prune_experts",
+    "quantize_experts",
     "split_dense",
     "train_router",
     "upcycle",
