@@ -8,6 +8,7 @@
 #endif
 #include "microkernels/elementwise.h"
 #include "microkernels/outer.h"
+#include "microkernels/select.h"
 #include "microkernels/weight_grad.h"
 
 namespace moe::MOE_ISA {
@@ -27,6 +28,10 @@ static constexpr Microkernels<T> make() {
       .scale = scale<T>,
       .inner_product = inner_product<T>,
       .scores = scores<T>,
+      .largest = largest<acc_t<T>>,
+      .threshold = threshold<acc_t<T>>,
+      .reaching = reaching<acc_t<T>>,
+      .transpose_rows = transpose_rows<acc_t<T>>,
 #if defined(__AVX512F__)
       .dot_step = DotOperand<T>::kStep,
       .dot_panel_rows = kDotTileN,
