@@ -1,8 +1,8 @@
 // Rows of x times panels of weights, whatever the weights' layout: each source turns its memory into panels of kPanel
 // columns, a chunk of kChunk steps and kPanels panels at a time, just before their tiles run: they are still in L1 or L2.
 //
-// Turning costs about half a cycle a weight (Zen 3), as much as the multiply-adds of 8 rows of x. Rows of x are packed beside each other: where they lie a multiple of 4 KiB apart they would meet in the
-// same sets of L1.
+// Turning costs about half a cycle a weight (Zen 3), as much as the multiply-adds of 8 rows of x. Rows of x are packed
+// beside each other: where they lie a multiple of 4 KiB apart they would meet in the same sets of L1.
 #pragma once
 
 #include "microkernels/tile.h"
@@ -68,7 +68,8 @@ struct StepMajor {
   }
   // a step's stores to all panels would meet in one set of L1 if panels were whole multiples of 4 KiB
   static constexpr int64_t panel_stride(int64_t steps) { return (steps + 1) * kPanel<T>; }
-  // (Zen 3, one thread, backward of 2048 x 768 x 32 experts of 32 rows: 36 GFLOP/s without, 40 fetching ahead.)
+  // The rows that the next panels are made of. (Zen 3, one thread, backward of 2048 x 768 x 32 experts of 32 rows: 36
+  // GFLOP/s without fetching them ahead, 40 with.)
   __attribute__((always_inline)) Fetch fetch(int64_t column, int64_t width, int64_t k0, int64_t depth) const {
     const int64_t lines = ceil_div(width * static_cast<int64_t>(sizeof(T)), kCacheLine);
     return {.begin = reinterpret_cast<uintptr_t>(b + k0 * step_stride + column),
