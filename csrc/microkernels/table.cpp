@@ -7,6 +7,7 @@
 #include "microkernels/dot_panels.h"
 #endif
 #include "microkernels/elementwise.h"
+#include "microkernels/low_rank.h"
 #include "microkernels/outer.h"
 #include "microkernels/weight_grad.h"
 
@@ -27,6 +28,8 @@ static constexpr Microkernels<T> make() {
       .scale = scale<T>,
       .inner_product = inner_product<T>,
       .scores = scores<T>,
+      .rank_products = rank_products<T>,
+      .rank_sums = rank_sums<T>,
 #if defined(__AVX512F__)
       .dot_step = DotOperand<T>::kStep,
       .dot_panel_rows = kDotTileN,

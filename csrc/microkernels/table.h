@@ -105,6 +105,13 @@ struct Microkernels {
   // scores of one row of logits: softmax (sigmoid == false) or sigmoid
   void (*scores)(const T* logits, int64_t n, bool sigmoid, Acc* scores);
 
+  // products[m][j] = sum_i x[m][i] * rows[j][i] over i in [0, n), for few rows j: neither operand is packed
+  void (*rank_products)(const T* const* x, int64_t m, const T* const* rows, int64_t num_rows, int64_t n,
+                        Acc* const* products);
+  // sums[m * sums_stride + i] += sum_j weights[m][j] * rows[j][i] in the order of j. sums is padded to whole vectors.
+  void (*rank_sums)(const T* const* rows, int64_t num_rows, const Acc* const* weights, int64_t m, Acc* sums,
+                    int64_t sums_stride, int64_t n);
+
   int64_t dot_step;         // elements of one step of dot
   int64_t dot_panel_rows;   // rows of one packed panel
   int64_t outer_panel;      // columns that outer computes together

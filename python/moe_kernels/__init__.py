@@ -60,6 +60,7 @@ from moe_kernels.ops.route import (  # noqa: E402
     update_expert_bias_,
     z_loss,
 )
+from moe_kernels.ops.routed_lora import lora_expand, lora_shrink, routed_lora  # noqa: E402
 
 __all__ = [
     "Activation",
@@ -78,6 +79,8 @@ __all__ = [
     "identity_weights",
     "limit_capacity",
     "localized_balance_loss",
+    "lora_expand",
+    "lora_shrink",
     "mask_experts",
     "permute",
     "plan_dispatch",
@@ -90,6 +93,7 @@ __all__ = [
     "route_top_p",
     "route_two_level",
     "route_weights",
+    "routed_lora",
     "tune_experts",
     "unpermute",
     "update_expert_bias_",

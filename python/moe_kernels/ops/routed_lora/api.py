@@ -1,0 +1,381 @@
+"""Public functions of routed LoRA: :func:`routed_lora` and its halves :func:`lora_shrink`, :func:`lora_expand`."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moe_kernels._checks import (
+    FLOAT_DTYPES,
+    ID_DTYPES,
+    check_same_device,
+    check_tensor,
+    dtype_error,
+    shape_error,
+    value_error,
+)
+from moe_kernels._dispatch import Backend, autocast, autocast_enabled, resolve
+from moe_kernels.ops.routed_lora import autograd, native, reference
+
+RankActivation = Literal["identity", "relu", "silu", "gelu", "softmax"]
+_RANK_ACTIVATIONS = ("identity", "relu", "silu", "gelu", "softmax")
+
+
+def routed_lora(
+    x: Tensor,
+    lora_a: Tensor | Sequence[Tensor],
+    lora_b: Tensor | Sequence[Tensor],
+    adapter_ids: Tensor,
+    adapter_weights: Tensor | None = None,
+    *,
+    scaling: Tensor | float | None = None,
+    ranks: Tensor | None = None,
+    rank_starts: Tensor | None = None,
+    max_rank: int | None = None,
+    base: Tensor | None = None,
+    combine: Literal["output", "factor"] = "output",
+    activation: RankActivation = "identity",
+    diagonal: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    base_gate: Tensor | None = None,
+    reduce: bool = True,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Adds each token's low-rank adapters, weighted, to its base output.
+
+    With ``e = adapter_ids[t, k]``, ``w = adapter_weights[t, k]``, ``s = scaling[e]`` and ``A, B`` its factors:
+
+    * ``combine="output"``: ``out[t] = base[t] + sum_k w * s * B_e (diagonal_e * act(A_e x[t]))``;
+    * ``combine="factor"``: ``out[t] = base[t] + (sum_k w * s * B_e) (sum_k w * A_e) x[t]``: every token multiplies with
+      one mixed pair of factors, so that cross terms ``B_e A_f`` appear. All adapters of a token then have one rank;
+    * ``row_scale`` g (DoRA's ``m / |W + s B A|``): ``out[t] = base[t] + sum_k w * ((g_e - 1) * base[t] + g_e *
+      s B_e A_e x[t])``, which is ``g_e * (base + delta)`` for one adapter of weight 1; ``base`` then excludes the bias;
+    * ``reduce=False``: the pairs' own rows ``s * B_e (…)``, unweighted, without a base, zero for -1.
+
+    An id of -1 is no adapter. A token without adapters returns its base to the bit. Sums run in float32 (float64 for
+    float64) and are rounded once; a token's result has the same bits whatever tokens stand beside it and however many
+    threads run. The equations of the two mixtures: "output" is X-LoRA's (arXiv 2402.07148), LoRAMoE's, PHATGOOSE's;
+    "factor" is Poly's (2202.13914).
+
+    Args:
+        x: [num_tokens, in], or [num_tokens, top_k, in] where each pair has its own row (not with "factor"). float32,
+            bfloat16, float16 or float64.
+        lora_a: stacked [num_adapters, rank, in], or packed [num_rows, in] with ``rank_starts``; dtype of ``x``. A list
+            of factors, with a list of ``lora_b``, computes slices of one output (q, k, v).
+        lora_b: stacked [num_adapters, out, rank], read in place where it lies in memory as [num_adapters, rank, out],
+            turned once a call where it does not; or packed [num_rows, out], row j the j-th column of its matrix.
+        adapter_ids: [num_tokens] or [num_tokens, top_k], int32 or int64, -1 or in [0, num_adapters).
+        adapter_weights: [num_tokens, top_k] (or [num_tokens]), any float dtype; None weighs every pair 1.
+        scaling: [num_adapters] or a number, ``alpha / rank`` as a rule; None scales by 1.
+        ranks: [num_adapters] int32, how many rows of its factor an adapter uses; -1 marks a slot without adapter. None:
+            all of them.
+        rank_starts: [num_adapters] int32, the first packed row of each adapter; needs ``ranks``.
+        max_rank: the most rows of any packed adapter; None reads it from ``ranks``, which waits for a GPU.
+        base: [num_tokens, out], dtype of ``x``; None adds to zero.
+        activation: what happens to the rank's vector between the factors ("relu" gives bottleneck adapters, "softmax"
+            prefix tuning in the unified view of arXiv 2110.04366).
+        diagonal: [num_adapters, rank] or packed [num_rows]: scales the rank's vector (KaSA, 2412.06071).
+        row_scale: [num_adapters, out], dtype of ``x``.
+        base_gate: [num_tokens]: multiplies the base first.
+        backend: see :mod:`moe_kernels`.
+
+    Returns:
+        [num_tokens, out], or [num_tokens, top_k, out] with ``reduce=False``; dtype of ``x``. Under ``torch.autocast``
+        x, the factors and the base are cast to the autocast dtype. Differentiable in ``x``, the factors,
+        ``adapter_weights``, ``scaling``, ``base``, ``diagonal``, ``row_scale`` and ``base_gate``. The router's gradient
+        is a product of vectors of the rank's length: nothing of shape [num_tokens, top_k, out] is made for it.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit; the message names the argument.
+        RuntimeError: an id names no adapter or an empty slot (on the CPU; a GPU adds nothing), or a backend is missing.
+    """
+    if not isinstance(lora_a, Tensor):
+        return _slices(
+            x, lora_a, lora_b, adapter_ids, adapter_weights, base, reduce, row_scale, diagonal,
+            scaling=scaling, ranks=ranks, rank_starts=rank_starts, max_rank=max_rank, combine=combine,
+            activation=activation, base_gate=base_gate, backend=backend,
+        )  # fmt: skip
+    op = "routed_lora"
+    check_tensor(op, "x", x)
+    check_tensor(op, "lora_b", lora_b)
+    if autocast_enabled(x.device.type):
+        x, lora_a, lora_b, base = autocast(x.device.type, x, lora_a, lora_b, base)
+    adapter_ids, adapter_weights = _check_pairs(op, x, adapter_ids, adapter_weights)
+    num_tokens, top_k = adapter_ids.shape
+    num_adapters, max_rank = _check_factor(op, "lora_a", x, lora_a, ranks, rank_starts, max_rank)
+    lora_b = _check_lora_b(op, lora_a, lora_b)
+    scaling = _check_scaling(op, scaling, num_adapters, x)
+    out_features = lora_b.shape[-1]
+    if base is not None:
+        check_tensor(op, "base", base)
+        if base.shape != (num_tokens, out_features):
+            raise shape_error(op, "base", f"[num_tokens={num_tokens}, out={out_features}]", base)
+        if base.dtype != x.dtype:
+            raise dtype_error(op, "base", x.dtype, base, "it must equal that of x")
+    if activation not in _RANK_ACTIVATIONS:
+        raise value_error(op, "activation", f"one of {', '.join(_RANK_ACTIVATIONS)}", repr(activation))
+    _check_epilogue(
+        op, combine, activation, diagonal, row_scale, base_gate, base, reduce, x, lora_a, num_adapters, lora_b
+    )
+    check_same_device(
+        op, x=x, lora_a=lora_a, lora_b=lora_b, adapter_ids=adapter_ids, adapter_weights=adapter_weights, ranks=ranks,
+        rank_starts=rank_starts, base=base, scaling=scaling, diagonal=diagonal, row_scale=row_scale,
+    )  # fmt: skip
+    if base_gate is not None:
+        base = (base * base_gate[:, None]).to(x.dtype)
+    backend = resolve(op, backend, x.device.type)
+    if backend == "reference":
+        rows = x if x.dim() == 3 else x[:, None].expand(-1, top_k, -1)
+        return reference.routed_lora(
+            rows, lora_a, lora_b, adapter_ids, adapter_weights, scaling,
+            rank_starts=rank_starts, ranks=ranks, max_rank=max_rank, base=base, combine=combine, activation=activation,
+            diagonal=diagonal, row_scale=row_scale, reduce=reduce,
+        )  # fmt: skip
+    table = (rank_starts, ranks)
+    if x.dim() == 3:
+        v = _shrink(x.flatten(0, 1), lora_a, *table, adapter_ids.reshape(-1, 1), max_rank)
+        v = v.reshape(num_tokens, top_k, max_rank)
+    else:
+        v = _shrink(x, lora_a, *table, adapter_ids, max_rank)
+    if combine == "factor":
+        mixed = v if adapter_weights is None else v * adapter_weights.to(v.dtype)[..., None]
+        v = mixed.sum(1, keepdim=True).expand(-1, top_k, -1)
+    if activation != "identity" or diagonal is not None:
+        mask = reference.rank_mask(adapter_ids, ranks, max_rank)
+        v = reference.activate(v, activation, mask)
+        if diagonal is not None:
+            v = v * reference.gather_rows(diagonal, rank_starts, adapter_ids, max_rank, mask).to(v.dtype)
+    if reduce and row_scale is None:
+        return _expand(v, lora_b, *table, adapter_ids, adapter_weights, scaling, base)
+    pairs = _expand(v.reshape(-1, 1, max_rank), lora_b, *table, adapter_ids.reshape(-1, 1), None, scaling, None)
+    pairs = pairs.reshape(num_tokens, top_k, out_features)
+    if not reduce:
+        return pairs
+    gain = row_scale[adapter_ids.clamp_min(0).long()].to(v.dtype)
+    delta = (gain - 1) * base[:, None] + gain * pairs
+    if adapter_weights is not None:
+        delta = delta * adapter_weights.to(v.dtype)[..., None]
+    used = (adapter_ids >= 0)[..., None]
+    out = (base + torch.where(used, delta, 0).sum(1)).to(x.dtype)
+    return torch.where(used.any(1), out, base)
+
+
+def lora_shrink(
+    x: Tensor,
+    lora_a: Tensor,
+    adapter_ids: Tensor,
+    *,
+    ranks: Tensor | None = None,
+    rank_starts: Tensor | None = None,
+    max_rank: int | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The first half of :func:`routed_lora`: ``v[t, k, j] = <row j of A_e, x[t]>`` for ``e = adapter_ids[t, k]``.
+
+    Args:
+        x: [num_tokens, in].
+        lora_a, adapter_ids, ranks, rank_starts, max_rank, backend: as in :func:`routed_lora`.
+
+    Returns:
+        [num_tokens, top_k, max_rank], float32 (float64 for float64), not rounded to the dtype of ``x``; zero past the
+        adapter's rank and for -1. ``adapter_ids`` [num_tokens] counts as top_k = 1. Differentiable in ``x`` and
+        ``lora_a``.
+    """
+    op = "lora_shrink"
+    check_tensor(op, "x", x)
+    check_tensor(op, "lora_a", lora_a)
+    if autocast_enabled(x.device.type):
+        x, lora_a = autocast(x.device.type, x, lora_a)
+    if x.dim() != 2:
+        raise shape_error(op, "x", "[num_tokens, in]", x)
+    adapter_ids, _ = _check_pairs(op, x, adapter_ids, None)
+    _, max_rank = _check_factor(op, "lora_a", x, lora_a, ranks, rank_starts, max_rank)
+    check_same_device(op, x=x, lora_a=lora_a, adapter_ids=adapter_ids, ranks=ranks, rank_starts=rank_starts)
+    if resolve(op, backend, x.device.type) == "reference":
+        return reference.lora_shrink(x, lora_a, rank_starts, ranks, adapter_ids, max_rank)
+    return _shrink(x, lora_a, rank_starts, ranks, adapter_ids, max_rank)
+
+
+def lora_expand(
+    v: Tensor,
+    lora_b: Tensor,
+    adapter_ids: Tensor,
+    adapter_weights: Tensor | None = None,
+    *,
+    scaling: Tensor | float | None = None,
+    ranks: Tensor | None = None,
+    rank_starts: Tensor | None = None,
+    base: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """The second half: ``out[t] = base[t] + sum_k adapter_weights[t, k] * scaling[e] * B_e v[t, k]``.
+
+    Args:
+        v: [num_tokens, top_k, max_rank] of :func:`lora_shrink`.
+        lora_b, adapter_ids, adapter_weights, scaling, ranks, rank_starts, base, backend: as in :func:`routed_lora`.
+
+    Returns:
+        [num_tokens, out], dtype of ``lora_b``. Differentiable in ``v``, ``lora_b``, ``adapter_weights``, ``scaling``
+        and ``base``.
+    """
+    op = "lora_expand"
+    check_tensor(op, "v", v)
+    check_tensor(op, "lora_b", lora_b)
+    if lora_b.dtype not in FLOAT_DTYPES:
+        raise dtype_error(op, "lora_b", FLOAT_DTYPES, lora_b)
+    if v.dim() != 3 or v.dtype != native.accumulator(lora_b.dtype):
+        expected = f"[num_tokens, top_k, max_rank] of {native.accumulator(lora_b.dtype)}, as lora_shrink returns it"
+        raise shape_error(op, "v", expected, v)
+    adapter_ids, adapter_weights = _check_pairs(op, v[:, 0], adapter_ids, adapter_weights)
+    factor = lora_b.transpose(1, 2) if lora_b.dim() == 3 else lora_b
+    num_adapters, _ = _check_factor(op, "lora_b", None, factor, ranks, rank_starts, v.shape[2])
+    if adapter_ids.shape[1] != v.shape[1] or (lora_b.dim() == 3 and lora_b.shape[2] != v.shape[2]):
+        raise shape_error(op, "v", f"[num_tokens, top_k={adapter_ids.shape[1]}, rank of lora_b]", v)
+    scaling = _check_scaling(op, scaling, num_adapters, v)
+    if base is not None and (base.shape != (len(v), factor.shape[-1]) or base.dtype != lora_b.dtype):
+        raise shape_error(op, "base", f"[num_tokens={len(v)}, out={factor.shape[-1]}] of {lora_b.dtype}", base)
+    check_same_device(
+        op, v=v, lora_b=lora_b, adapter_ids=adapter_ids, adapter_weights=adapter_weights, ranks=ranks, scaling=scaling,
+        rank_starts=rank_starts, base=base,
+    )  # fmt: skip
+    if resolve(op, backend, v.device.type) == "reference":
+        return reference.lora_expand(v, factor, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base)
+    return _expand(v, factor, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base)
+
+
+def _slices(x, lora_a, lora_b, adapter_ids, adapter_weights, base, reduce, row_scale, diagonal, **arguments) -> Tensor:
+    """One call of :func:`routed_lora` a slice; the slices lie beside each other in base and output."""
+    if isinstance(lora_b, Tensor) or len(lora_a) != len(lora_b) or not lora_a:
+        raise value_error(
+            "routed_lora", "lora_b", f"a list of {len(lora_a)} factors like lora_a", type(lora_b).__name__
+        )
+    widths = [b.shape[-1] if b.dim() == 2 else b.shape[1] for b in lora_b]
+    if base is not None and base.shape[-1] != sum(widths):
+        raise shape_error("routed_lora", "base", f"[num_tokens, sum of the slices' out={sum(widths)}]", base)
+    bases = [None] * len(lora_a) if base is None else base.split(widths, -1)
+    scales = [None] * len(lora_a) if row_scale is None else row_scale.split(widths, -1)
+    diagonals = [None] * len(lora_a) if diagonal is None else diagonal
+    out = [
+        routed_lora(x, a, b, adapter_ids, adapter_weights, base=y, row_scale=g, diagonal=d, reduce=reduce, **arguments)
+        for a, b, y, g, d in zip(lora_a, lora_b, bases, scales, diagonals, strict=True)
+    ]
+    return torch.cat(out, -1)
+
+
+def _shrink(x: Tensor, factor: Tensor, *arguments) -> Tensor:
+    if torch.is_grad_enabled() and (x.requires_grad or factor.requires_grad):
+        return autograd.LoraShrink.apply(x, factor, *arguments)
+    return native.lora_shrink(x, factor, *arguments)
+
+
+def _expand(v, factor, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base) -> Tensor:
+    arguments = (v, factor, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base)
+    differentiable = (v, factor, adapter_weights, scaling, base)
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
+        return autograd.LoraExpand.apply(*arguments)
+    return native.lora_expand(*arguments)
+
+
+def _check_pairs(op: str, x: Tensor, adapter_ids: Tensor, adapter_weights: Tensor | None):
+    """adapter_ids and adapter_weights as [num_tokens, top_k]."""
+    check_tensor(op, "adapter_ids", adapter_ids)
+    if x.dtype not in FLOAT_DTYPES:
+        raise dtype_error(op, "x", FLOAT_DTYPES, x)
+    if adapter_ids.dtype not in ID_DTYPES:
+        raise dtype_error(op, "adapter_ids", ID_DTYPES, adapter_ids, "cast with .to(torch.int32)")
+    if adapter_ids.dim() == 1:
+        adapter_ids = adapter_ids[:, None]
+        if adapter_weights is not None and adapter_weights.dim() == 1:
+            adapter_weights = adapter_weights[:, None]
+    if x.dim() not in (2, 3):
+        raise shape_error(op, "x", "[num_tokens, in] or [num_tokens, top_k, in]", x)
+    if adapter_ids.dim() != 2 or adapter_ids.shape[0] != x.shape[0]:
+        raise shape_error(op, "adapter_ids", f"[num_tokens={x.shape[0]}] or [num_tokens, top_k]", adapter_ids)
+    if x.dim() == 3 and x.shape[1] != adapter_ids.shape[1]:
+        raise shape_error(op, "x", f"[num_tokens, top_k={adapter_ids.shape[1]}, in]", x)
+    if adapter_weights is not None:
+        check_tensor(op, "adapter_weights", adapter_weights)
+        if adapter_weights.shape != adapter_ids.shape:
+            raise shape_error(op, "adapter_weights", f"{list(adapter_ids.shape)} like adapter_ids", adapter_weights)
+        if adapter_weights.dtype not in FLOAT_DTYPES:
+            raise dtype_error(op, "adapter_weights", FLOAT_DTYPES, adapter_weights)
+    return adapter_ids, adapter_weights
+
+
+def _check_factor(
+    op: str, argument: str, x: Tensor | None, factor: Tensor, ranks, rank_starts, max_rank: int | None
+) -> tuple[int, int]:
+    """num_adapters and max_rank of a factor whose rows are its directions."""
+    if factor.dim() not in (2, 3) or (x is not None and factor.shape[-1] != x.shape[-1]):
+        expected = "[num_adapters, rank, in] or packed [num_rows, in]"
+        raise shape_error(op, argument, expected if x is None else f"{expected} with in={x.shape[-1]}", factor)
+    if x is not None and factor.dtype != x.dtype:
+        raise dtype_error(op, argument, x.dtype, factor, "it must equal that of x")
+    for name, table in (("ranks", ranks), ("rank_starts", rank_starts)):
+        if table is not None:
+            check_tensor(op, name, table)
+            if table.dtype != torch.int32:
+                raise dtype_error(op, name, torch.int32, table, "cast with .to(torch.int32)")
+            if table.dim() != 1:
+                raise shape_error(op, name, "[num_adapters]", table)
+    if factor.dim() == 3:
+        if rank_starts is not None:
+            raise value_error(
+                op, "rank_starts", f"None for a stacked {argument}", "a tensor", f"pass a packed {argument}"
+            )
+        if ranks is not None and ranks.shape != factor.shape[:1]:
+            raise shape_error(op, "ranks", f"[num_adapters={factor.shape[0]}]", ranks)
+        return factor.shape[0], factor.shape[1]
+    if rank_starts is None or ranks is None or ranks.shape != rank_starts.shape:
+        raise value_error(op, "rank_starts and ranks", f"given for a packed {argument}, each [num_adapters]", "others")
+    if max_rank is None:
+        max_rank = max(0, int(ranks.max())) if ranks.numel() else 0
+    return rank_starts.shape[0], max_rank
+
+
+def _check_lora_b(op: str, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+    """lora_b with a row for each direction, like lora_a."""
+    if lora_b.dtype != lora_a.dtype:
+        raise dtype_error(op, "lora_b", lora_a.dtype, lora_b, "it must equal that of lora_a")
+    if lora_a.dim() == 3:
+        if lora_b.dim() != 3 or (lora_b.shape[0], lora_b.shape[2]) != tuple(lora_a.shape[:2]):
+            expected = f"[num_adapters={lora_a.shape[0]}, out, rank={lora_a.shape[1]}]"
+            raise shape_error(op, "lora_b", expected, lora_b)
+        return lora_b.transpose(1, 2)
+    if lora_b.dim() != 2 or lora_b.shape[0] != lora_a.shape[0]:
+        raise shape_error(op, "lora_b", f"[num_rows={lora_a.shape[0]}, out]", lora_b)
+    return lora_b
+
+
+def _check_scaling(op: str, scaling: Tensor | float | None, num_adapters: int, like: Tensor) -> Tensor | None:
+    if scaling is None or isinstance(scaling, int | float):
+        dtype = native.accumulator(like.dtype)
+        return None if scaling is None else like.new_full((num_adapters,), scaling, dtype=dtype)
+    check_tensor(op, "scaling", scaling)
+    if scaling.shape != (num_adapters,):
+        raise shape_error(op, "scaling", f"[num_adapters={num_adapters}]", scaling)
+    if scaling.dtype not in FLOAT_DTYPES:
+        raise dtype_error(op, "scaling", FLOAT_DTYPES, scaling)
+    return scaling
+
+
+def _check_epilogue(
+    op, combine, activation, diagonal, row_scale, base_gate, base, reduce, x, lora_a, num_adapters, lora_b
+) -> None:
+    if combine not in ("output", "factor"):
+        raise value_error(op, "combine", "'output' or 'factor'", repr(combine))
+    plain = activation == "identity" and diagonal is None and row_scale is None and reduce and x.dim() == 2
+    if combine == "factor" and not plain:
+        expected = "'output' with an activation, diagonal, row_scale, rows a pair or reduce=False"
+        raise value_error(op, "combine", expected, "'factor'")
+    if not reduce and (base is not None or row_scale is not None):
+        raise value_error(op, "reduce", "True with a base or row_scale", False, "add the base to the reduced rows")
+    if (row_scale is not None or base_gate is not None) and base is None:
+        raise value_error(op, "base", "given with row_scale or base_gate", None)
+    if diagonal is not None and diagonal.shape != lora_a.shape[:-1]:
+        raise shape_error(op, "diagonal", f"{list(lora_a.shape[:-1])}, one value for each row of lora_a", diagonal)
+    if row_scale is not None and row_scale.shape != (num_adapters, lora_b.shape[-1]):
+        raise shape_error(op, "row_scale", f"[num_adapters={num_adapters}, out={lora_b.shape[-1]}]", row_scale)
+    if base_gate is not None and base_gate.shape != x.shape[:1]:
+        raise shape_error(op, "base_gate", f"[num_tokens={x.shape[0]}]", base_gate)

@@ -1,0 +1,61 @@
+"""Schemas, fakes and handles of the compiled LoRA ops (csrc/ops/routed_lora)."""
+
+import torch
+from torch import Tensor
+
+torch.library.define(
+    "moe_kernels::lora_shrink",
+    "(Tensor x, Tensor factor, Tensor? rank_starts, Tensor? ranks, Tensor adapter_ids, SymInt max_rank) -> Tensor",
+)
+torch.library.define(
+    "moe_kernels::lora_expand",
+    "(Tensor v, Tensor factor, Tensor? rank_starts, Tensor? ranks, Tensor adapter_ids, Tensor? adapter_weights, "
+    "Tensor? scaling, Tensor? base) -> Tensor",
+)
+torch.library.define(
+    "moe_kernels::lora_factor_grad",
+    "(Tensor v, Tensor x, Tensor? rank_starts, Tensor? ranks, Tensor adapter_ids, SymInt num_adapters, "
+    "SymInt? num_rows) -> Tensor",
+)
+
+lora_shrink = torch.ops.moe_kernels.lora_shrink.default
+lora_expand = torch.ops.moe_kernels.lora_expand.default
+lora_factor_grad = torch.ops.moe_kernels.lora_factor_grad.default
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which products of ``dtype`` are added, and that of the r-vectors between shrink and expand."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("moe_kernels::lora_shrink")
+def _(x: Tensor, factor: Tensor, rank_starts: Tensor | None, ranks: Tensor | None, adapter_ids: Tensor, max_rank: int):
+    return x.new_empty(*adapter_ids.shape, max_rank, dtype=accumulator(x.dtype))
+
+
+@torch.library.register_fake("moe_kernels::lora_expand")
+def _(
+    v: Tensor,
+    factor: Tensor,
+    rank_starts: Tensor | None,
+    ranks: Tensor | None,
+    adapter_ids: Tensor,
+    adapter_weights: Tensor | None,
+    scaling: Tensor | None,
+    base: Tensor | None,
+):
+    return factor.new_empty(v.shape[0], factor.shape[-1])
+
+
+@torch.library.register_fake("moe_kernels::lora_factor_grad")
+def _(
+    v: Tensor,
+    x: Tensor,
+    rank_starts: Tensor | None,
+    ranks: Tensor | None,
+    adapter_ids: Tensor,
+    num_adapters: int,
+    num_rows: int | None,
+):
+    rows = (num_adapters, v.shape[2]) if num_rows is None else (num_rows,)
+    return x.new_empty(*rows, x.shape[1])

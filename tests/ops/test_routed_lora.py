@@ -1,0 +1,357 @@
+"""routed_lora, lora_shrink, lora_expand: forward, backward, edges, registration, compile."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_kernels import lora_expand, lora_shrink, routed_lora
+from moe_kernels.ops.routed_lora import native
+from tests.ops.helpers import DTYPES, LOW_DTYPES, check, check_exact, leaf, small_integers, strided
+
+
+def pack(stacked: torch.Tensor, ranks: torch.Tensor, gap: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows that ``ranks`` says of each adapter, one behind the other with unused rows between, and their starts."""
+    rows, starts, at = [], [], 0
+    for e, rank in enumerate(ranks.clamp_min(0).tolist()):
+        starts.append(at)
+        rows += [stacked[e, :rank], torch.full((gap, stacked.shape[2]), float("nan"), dtype=stacked.dtype)]
+        at += rank + gap
+    return torch.cat(rows), torch.tensor(starts, dtype=torch.int32)
+
+
+def pairs(num_tokens: int, num_adapters: int, top_k: int, generator=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of which a quarter is -1, and weights of either sign."""
+    ids = torch.randint(0, num_adapters, (num_tokens, top_k), generator=generator, dtype=torch.int32)
+    skipped = torch.rand(num_tokens, top_k, generator=generator) < 0.25
+    return torch.where(skipped, -1, ids).int(), torch.randn(num_tokens, top_k, generator=generator)
+
+
+# (in, out, rank): tiny and odd; one below, at and above a vector; 4 and 8 rows a tile with some left over; past the
+# chunk of 1024 summed elements and the block of 512 columns
+SIZES = [(1, 1, 1), (3, 5, 2), (15, 17, 3), (33, 31, 4), (16, 64, 9), (1100, 70, 16), (70, 1030, 5)]
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stacked(backend, dtype, sizes, top_k):
+    in_features, out_features, rank = sizes
+    ids, weights = pairs(23, 4, top_k)
+    tensors = [
+        torch.randn(23, in_features).to(dtype),
+        (torch.randn(4, rank, in_features) * in_features**-0.5).to(dtype),
+        torch.randn(4, out_features, rank).to(dtype),
+        weights,
+        torch.rand(4) + 0.5,
+        torch.randn(23, out_features).to(dtype),
+    ]
+
+    def op(x, a, b, w, s, base, backend):
+        return routed_lora(x, a, b, ids, w, scaling=s, base=base, backend=backend)
+
+    check(op, tensors, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_true_ranks(backend, dtype):
+    ranks = torch.tensor([3, 0, 16, -1, 5], dtype=torch.int32)
+    a, starts = pack(torch.randn(5, 16, 40), ranks)
+    b, _ = pack(torch.randn(5, 16, 33), ranks)
+    ids, weights = pairs(19, 5, 2)
+    ids[ids == 3] = 4
+    keep = a.isfinite().all(1)
+    check(
+        lambda x, a, b, w, base, backend: routed_lora(
+            x, a, b, ids, w, base=base, ranks=ranks, rank_starts=starts, backend=backend
+        ),
+        [torch.randn(19, 40).to(dtype), a.nan_to_num().to(dtype), b.nan_to_num().to(dtype), weights]
+        + [torch.randn(19, 33).to(dtype)],
+        backend,
+    )
+    # rows of no adapter are neither read nor given a gradient
+    a, b = a.to(dtype).requires_grad_(), b.to(dtype).requires_grad_()
+    out = routed_lora(torch.randn(19, 40).to(dtype), a, b, ids, ranks=ranks, rank_starts=starts, backend=backend)
+    out.sum().backward()
+    assert out.isfinite().all() and a.grad[keep].abs().sum() > 0
+    assert not a.grad[~keep].any() and not b.grad[~keep].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ranks_below_the_stacked_rank(backend, dtype):
+    ranks = torch.tensor([3, 0, 8], dtype=torch.int32)
+    ids, _ = pairs(9, 3, 2)
+    check(
+        lambda x, a, b, backend: routed_lora(x, a, b, ids, ranks=ranks, scaling=0.5, backend=backend),
+        [torch.randn(9, 12).to(dtype), torch.randn(3, 8, 12).to(dtype), torch.randn(3, 7, 8).to(dtype)],
+        backend,
+    )
+
+
+@given(
+    num_tokens=st.integers(0, 40),
+    num_adapters=st.integers(0, 4),
+    top_k=st.integers(1, 3),
+    rank=st.integers(0, 10),
+    in_features=st.integers(1, 70),
+    out_features=st.integers(1, 70),
+    dtype=st.sampled_from(DTYPES),
+    rows_first=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@settings(deadline=None, max_examples=60)
+def test_any_shape(num_tokens, num_adapters, top_k, rank, in_features, out_features, dtype, rows_first, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(-1, num_adapters, (num_tokens, top_k), generator=generator, dtype=torch.int32)
+
+    def integers(*shape):
+        return small_integers(torch.empty(*shape, dtype=dtype), generator)
+
+    b = integers(num_adapters, out_features, rank)
+    if rows_first:  # in memory [num_adapters, rank, out], which is read in place
+        b = b.transpose(1, 2).contiguous().transpose(1, 2)
+    tensors = [integers(num_tokens, in_features), integers(num_adapters, rank, in_features), b]
+    tensors.append(integers(num_tokens, out_features))
+    check_exact(lambda x, a, b, base, backend: routed_lora(x, a, b, ids, base=base, backend=backend), tensors, "native")
+
+
+def test_gradcheck(backend):
+    ids = torch.tensor([[0, -1], [2, 0], [1, 2], [-1, -1]])
+    x, base = torch.randn(4, 3).double(), torch.randn(4, 5).double()
+    a, b = torch.randn(3, 2, 3).double(), torch.randn(3, 5, 2).double()
+    weights, scaling = torch.randn(4, 2).double(), torch.rand(3).double()
+    inputs = [tensor.requires_grad_() for tensor in (x, a, b, weights, scaling, base)]
+    assert torch.autograd.gradcheck(
+        lambda x, a, b, w, s, base: routed_lora(x, a, b, ids, w, scaling=s, base=base, backend=backend), inputs
+    )
+    assert torch.autograd.gradcheck(
+        lambda x, a, b, w, s, base: routed_lora(
+            x, a, b, ids, w, scaling=s, base=base, combine="factor", backend=backend
+        ),
+        inputs,
+    )
+    gains, diagonal = torch.rand(3, 5).double().requires_grad_(), torch.rand(3, 2).double().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, a, b, w, base, g, d: routed_lora(
+            x, a, b, ids, w, base=base, row_scale=g, diagonal=d, activation="silu", backend=backend
+        ),
+        (*inputs[:4], inputs[5], gains, diagonal),
+    )
+
+
+# every epilogue on its own and together, top_k 1 and 2; -1 rows among them
+EPILOGUES = {
+    "factor": dict(combine="factor"),
+    "relu": dict(activation="relu"),
+    "gelu": dict(activation="gelu"),
+    "softmax": dict(activation="softmax"),
+    "diagonal": dict(diagonal=True),
+    "row_scale": dict(row_scale=True),
+    "base_gate": dict(base_gate=True),
+    "all": dict(activation="silu", diagonal=True, row_scale=True, base_gate=True),
+}
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_epilogues(backend, dtype, epilogue, top_k):
+    arguments = dict(EPILOGUES[epilogue])
+    ids, weights = pairs(17, 3, top_k)
+    ranks = None if epilogue == "factor" else torch.tensor([2, 6, 5], dtype=torch.int32)
+    tensors = [torch.randn(17, 20).to(dtype), torch.randn(3, 6, 20).to(dtype), torch.randn(3, 9, 6).to(dtype), weights]
+    tensors.append(torch.randn(17, 9).to(dtype))
+    shapes = {"diagonal": (3, 6), "row_scale": (3, 9), "base_gate": (17,)}
+    given_shapes = {name: shapes[name] for name in shapes if arguments.pop(name, False)}
+    tensors += [(torch.rand(*shape) + 0.5).to(dtype) for shape in given_shapes.values()]
+
+    def op(x, a, b, w, base, *more, backend):
+        named = dict(zip(given_shapes, more, strict=True))
+        return routed_lora(x, a, b, ids, w, base=base, ranks=ranks, scaling=0.5, **named, **arguments, backend=backend)
+
+    check(op, tensors, backend)
+
+
+@pytest.mark.parametrize("dtype", LOW_DTYPES)
+def test_rows_a_pair(backend, dtype):
+    """MixLoRA's two calls: a row of the output a pair, then a row of the input a pair."""
+    ids, weights = pairs(11, 3, 2)
+    x, a, b = torch.randn(11, 20).to(dtype), torch.randn(3, 4, 20).to(dtype), torch.randn(3, 9, 4).to(dtype)
+    check(
+        lambda x, a, b, backend: routed_lora(x, a, b, ids, scaling=2.0, reduce=False, backend=backend),
+        [x, a, b],
+        backend,
+    )
+    check(
+        lambda x, a, b, w, backend: routed_lora(x, a, b, ids, w, backend=backend),
+        [torch.randn(11, 2, 20).to(dtype), a, b, weights],
+        backend,
+    )
+    rows = routed_lora(x, a, b, ids, reduce=False, backend=backend)
+    assert rows.shape == (11, 2, 9) and not rows[ids < 0].any() and rows[ids >= 0].any()
+
+
+def test_the_two_mixtures_differ(backend):
+    ids, weights = torch.tensor([[0, 1]] * 4), torch.rand(4, 2)
+    x, a, b = torch.randn(4, 30), torch.randn(2, 4, 30), torch.randn(2, 20, 4)
+    output = routed_lora(x, a, b, ids, weights, backend=backend)
+    factor = routed_lora(x, a, b, ids, weights, combine="factor", backend=backend)
+    assert (output - factor).norm() > 0.3 * output.norm()
+
+
+@pytest.mark.parametrize("dtype", LOW_DTYPES)
+def test_slices_are_their_own_calls(backend, dtype):
+    ids, weights = pairs(13, 3, 2)
+    x, base = torch.randn(13, 20).to(dtype), torch.randn(13, 8 + 3 + 5).to(dtype)
+    a = [torch.randn(3, rank, 20).to(dtype) for rank in (4, 2, 4)]
+    b = [torch.randn(3, width, rank).to(dtype) for width, rank in ((8, 4), (3, 2), (5, 4))]
+    together = routed_lora(x, a, b, ids, weights, base=base, backend=backend)
+    alone = [
+        routed_lora(x, *factors, ids, weights, base=y, backend=backend)
+        for *factors, y in zip(a, b, base.split([8, 3, 5], 1), strict=True)
+    ]
+    assert torch.equal(together, torch.cat(alone, 1))
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("dtype", LOW_DTYPES)
+def test_a_token_has_the_same_bits_alone_and_among_others(backend, dtype, top_k, threads):
+    ids, weights = pairs(70, 5, top_k)
+    x, base = torch.randn(70, 1100).to(dtype), torch.randn(70, 530).to(dtype)
+    a, b = torch.randn(5, 16, 1100).to(dtype), torch.randn(5, 530, 16).to(dtype)
+    together = routed_lora(x, a, b, ids, weights, base=base, backend=backend)
+    for t in (0, 1, 33, 69):
+        alone = routed_lora(
+            x[t : t + 1], a, b, ids[t : t + 1], weights[t : t + 1], base=base[t : t + 1], backend=backend
+        )
+        assert torch.equal(together[t : t + 1], alone)
+    order = torch.randperm(70)
+    shuffled = routed_lora(x[order], a, b, ids[order], weights[order], base=base[order], backend=backend)
+    assert torch.equal(together[order], shuffled)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tokens_without_adapters_return_their_base_to_the_bit(backend, dtype):
+    base = torch.randn(4, 9).to(dtype)
+    base[0, 0], base[1, 1], base[2, 2] = -0.0, float("nan"), float("inf")
+    a, b = torch.full((2, 3, 5), float("nan")).to(dtype), torch.randn(2, 9, 3).to(dtype)
+    ids = torch.tensor([-1, -1, -1, 1])
+    out = routed_lora(torch.randn(4, 5).to(dtype), a, b, ids, base=base, backend=backend)
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    assert torch.equal(out[:3].view(bits), base[:3].view(bits)) and out[3].isnan().all()
+
+
+def test_gradients_do_not_depend_on_the_number_of_threads(backend):
+    ids, weights = pairs(300, 3, 2)
+    tensors = [torch.randn(300, 600), torch.randn(3, 5, 600), torch.randn(3, 530, 5), weights]
+    results = []
+    for threads in (1, 2):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        leaves = [leaf(tensor) for tensor in tensors]
+        routed_lora(*leaves[:3], ids, leaves[3], backend=backend).square().sum().backward()
+        torch.set_num_threads(before)
+        results.append([tensor.grad for tensor in leaves])
+    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("shape", [(0, 1), (3, 0)])
+def test_nothing_to_do(backend, shape):
+    x = torch.randn(shape[0], 4, requires_grad=True)
+    ids = torch.zeros(shape, dtype=torch.int32)
+    out = routed_lora(x, torch.randn(2, 3, 4), torch.randn(2, 5, 3), ids, backend=backend)
+    assert out.shape == (shape[0], 5) and not out.any()
+    out.sum().backward()
+    assert not x.grad.any()
+
+
+def test_strides_and_halves(backend):
+    ids = torch.tensor([1, -1, 0, 1])
+    x, a, b = torch.randn(4, 6), torch.randn(2, 3, 6), torch.randn(2, 5, 3)
+    plain = routed_lora(x, a, b, ids, scaling=2.0, backend=backend)
+    views = routed_lora(strided(x), strided(a), strided(b), strided(ids.int()), scaling=2.0, backend=backend)
+    assert torch.equal(plain, views)
+    v = lora_shrink(x, a, ids, backend=backend)
+    assert v.shape == (4, 1, 3) and v.dtype == torch.float32 and not v[1].any()
+    assert torch.equal(lora_expand(v, b, ids, scaling=2.0, backend=backend), plain)
+
+
+@pytest.mark.with_reference
+def test_bad_ids(backend):
+    x, a, b = torch.randn(2, 6), torch.randn(3, 2, 6), torch.randn(3, 5, 2)
+    for bad in (3, -2):
+        with pytest.raises(RuntimeError, match=rf"adapter_ids must be -1 or in \[0, num_adapters=3\), got {bad}"):
+            routed_lora(x, a, b, torch.tensor([0, bad]), backend=backend)
+    ranks = torch.tensor([2, -1, 2], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match="must name loaded adapters, got 1.*whose slot is empty"):
+        routed_lora(x, a, b, torch.tensor([0, 1]), ranks=ranks, backend=backend)
+
+
+def test_bad_input():
+    x, a, b, ids = torch.randn(2, 6), torch.randn(3, 2, 6), torch.randn(3, 5, 2), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"routed_lora: lora_a must be of shape .* with in=6, got \[3, 2, 7\]"):
+        routed_lora(x, torch.randn(3, 2, 7), b, ids)
+    with pytest.raises(ValueError, match=r"lora_b must be of shape \[num_adapters=3, out, rank=2\], got \[3, 5, 4\]"):
+        routed_lora(x, a, torch.randn(3, 5, 4), ids)
+    with pytest.raises(TypeError, match="lora_a must be torch.bfloat16, got torch.float32; it must equal that of x"):
+        routed_lora(x.bfloat16(), a, b, ids)
+    with pytest.raises(TypeError, match="lora_b must be torch.float32, got torch.float64"):
+        routed_lora(x, a, b.double(), ids)
+    with pytest.raises(TypeError, match="adapter_ids must be one of torch.int32, torch.int64"):
+        routed_lora(x, a, b, ids.float())
+    with pytest.raises(ValueError, match=r"adapter_ids must be of shape \[num_tokens=2\]"):
+        routed_lora(x, a, b, torch.tensor([0, 1, 2]))
+    with pytest.raises(ValueError, match=r"adapter_weights must be of shape \[2, 1\]"):
+        routed_lora(x, a, b, ids, torch.rand(2, 2))
+    with pytest.raises(ValueError, match=r"scaling must be of shape \[num_adapters=3\]"):
+        routed_lora(x, a, b, ids, scaling=torch.rand(2))
+    with pytest.raises(ValueError, match="rank_starts and ranks must be given for a packed lora_a"):
+        routed_lora(x, a.flatten(0, 1), b, ids)
+    with pytest.raises(ValueError, match="combine must be 'output' with an activation"):
+        routed_lora(x, a, b, ids, combine="factor", activation="relu")
+    with pytest.raises(ValueError, match="base must be given with row_scale"):
+        routed_lora(x, a, b, ids, row_scale=torch.rand(3, 5))
+    with pytest.raises(ValueError, match="reduce must be True with a base"):
+        routed_lora(x, a, b, ids, base=torch.rand(2, 5), reduce=False)
+    starts = torch.tensor([0, 2, 5], dtype=torch.int32)
+    ranks = torch.tensor([2, 2, 2], dtype=torch.int32)
+    with pytest.raises(RuntimeError, match=r"adapter 2 must lie within the packed rows \[0, 6\)"):
+        packed_b = torch.randn(6, 5)
+        routed_lora(x, a.flatten(0, 1), packed_b, ids, ranks=ranks, rank_starts=starts, backend="native")
+
+
+def test_autocast(backend):
+    x, a, b, ids = torch.randn(2, 6), torch.randn(3, 2, 6), torch.randn(3, 5, 2), torch.tensor([0, 1])
+    with torch.autocast("cpu", torch.bfloat16):
+        out = routed_lora(x, a, b, ids, base=torch.randn(2, 5), backend=backend)
+    assert out.dtype == torch.bfloat16
+
+
+def test_registration(backend):
+    ids = torch.tensor([[0, -1], [1, 1]], dtype=torch.int32)
+    starts, ranks = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([3, 2], dtype=torch.int32)
+    x, base, v = torch.randn(2, 6), torch.randn(2, 7), torch.randn(2, 2, 3)
+    for factor, table in ((torch.randn(2, 3, 6), (None, None)), (torch.randn(5, 6), (starts, ranks))):
+        torch.library.opcheck(native.lora_shrink, (x, factor, *table, ids, 3))
+        num_rows = None if factor.dim() == 3 else 5
+        torch.library.opcheck(native.lora_factor_grad, (v, x, *table, ids, 2, num_rows))
+    torch.library.opcheck(
+        native.lora_expand, (v, torch.randn(2, 3, 7), None, None, ids, torch.rand(2, 2), torch.rand(2), base)
+    )
+    torch.library.opcheck(native.lora_expand, (v, torch.randn(5, 7), starts, ranks, ids, None, None, None))
+
+
+def test_compile(backend):
+    a, b = torch.randn(3, 2, 6, requires_grad=True), torch.randn(3, 5, 2, requires_grad=True)
+
+    def op(x, ids, weights, base):
+        return routed_lora(x, a, b, ids, weights, scaling=0.5, base=base, backend=backend)
+
+    compiled = torch.compile(op, fullgraph=True, dynamic=True)
+    for num_tokens in (3, 7):
+        ids, weights = pairs(num_tokens, 3, 2)
+        inputs = torch.randn(num_tokens, 6), ids, weights, torch.randn(num_tokens, 5)
+        out, expected = compiled(*inputs), op(*inputs)
+        assert torch.equal(out, expected)
+        grads = torch.autograd.grad(out.sum(), (a, b))
+        assert all(torch.equal(*pair) for pair in zip(grads, torch.autograd.grad(expected.sum(), (a, b)), strict=True))
