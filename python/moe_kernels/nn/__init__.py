@@ -1,8 +1,10 @@
 """Drop-in modules made of the ops, and what makes them from dense models."""
 
+from moe_kernels.nn.adapter_pool import AdapterPool
 from moe_kernels.nn.attention import MoEAttention
 from moe_kernels.nn.cosine_router import CosineRouter
 from moe_kernels.nn.feed_forward import MoEFeedForward, Routed
+from moe_kernels.nn.multi_lora import AdapterRouting, MultiLoRAEmbedding, MultiLoRALinear
 from moe_kernels.nn.prior_approximate import prior_approximate_loss, train_router
 from moe_kernels.nn.prune import merge_experts, prune_experts
 from moe_kernels.nn.split import split_dense
@@ -10,10 +12,14 @@ from moe_kernels.nn.statistics import ModuleStatistics
 from moe_kernels.nn.upcycle import upcycle
 
 __all__ = [
+    "AdapterPool",
+    "AdapterRouting",
     "CosineRouter",
     "MoEAttention",
     "MoEFeedForward",
     "ModuleStatistics",
+    "MultiLoRAEmbedding",
+    "MultiLoRALinear",
     "Routed",
     "merge_experts",
     "prior_approximate_loss",

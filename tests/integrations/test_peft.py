@@ -1,0 +1,181 @@
+"""load_peft_adapters: against PEFT itself where it is installed, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from moe_kernels.testing import assert_close_to_reference
+
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+from moe_kernels.integrations.peft import load_peft_adapters  # noqa: E402
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.up_proj = nn.Linear(12, 12), nn.Linear(12, 20, bias=False)
+        self.down_proj = nn.Linear(20, 12, bias=False)
+
+    def forward(self, x):
+        return x + self.down_proj(nn.functional.silu(self.up_proj(self.q_proj(x))))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(30, 12)
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(12, 30, bias=False)
+
+    def forward(self, token_ids):
+        x = self.embed(token_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def write(path, tensors: dict, **config):
+    path.mkdir()
+    safetensors_torch.save_file(tensors, str(path / "adapter_model.safetensors"))
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **config}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+def q_proj(layer: int = 0, rank: int = 2, **other) -> dict:
+    name = f"base_model.model.layers.{layer}.q_proj"
+    return {f"{name}.lora_A.weight": torch.randn(rank, 12), f"{name}.lora_B.weight": torch.randn(12, rank), **other}
+
+
+# ranks and alphas by pattern, rank-stabilised scaling, DoRA, embedding and head
+CONFIGS = {
+    "plain": dict(r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"]),
+    "patterns": dict(
+        r=4, target_modules=["q_proj", "up_proj"], rank_pattern={"layers.1.q_proj": 2}, alpha_pattern={"up_proj": 3},
+        use_rslora=True,
+    ),
+    "dora": dict(r=3, lora_alpha=6, target_modules=["q_proj", "up_proj"], use_dora=True),
+    "vocabulary": dict(r=2, lora_alpha=2, target_modules=["embed", "head"]),
+}  # fmt: skip
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = Model()
+    folders, outputs = {}, {}
+    tokens = torch.randint(0, 30, (5, 7))
+    for name, config in CONFIGS.items():
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(**config))
+        for key, parameter in wrapped.named_parameters():
+            if "lora_" in key:
+                nn.init.normal_(parameter, std=0.3)
+                if "magnitude" in key:
+                    parameter.data.abs_().add_(0.5)
+        wrapped.save_pretrained(tmp_path / name)
+        folders[name] = tmp_path / name
+        for dtype in (torch.float64, torch.float32):
+            with torch.no_grad():
+                outputs[name, dtype] = wrapped.to(dtype)(tokens)
+        wrapped.to(torch.float32)
+        model = wrapped.unload()
+    return model, folders, tokens, outputs
+
+
+def test_equal_to_peft_in_one_mixed_batch(adapters):
+    model, folders, tokens, outputs = adapters
+    plain = model(tokens)
+    served = load_peft_adapters(model, folders)
+    names = [*CONFIGS, None]
+    served.use(names)
+    with torch.no_grad():
+        out = model(tokens)
+    for i, name in enumerate(CONFIGS):
+        assert_close_to_reference(out[i], outputs[name, torch.float64][i], outputs[name, torch.float32][i], name)
+        assert (out[i] - plain[i]).abs().max() > 0.01
+    served.use(None)
+    assert torch.equal(model(tokens), plain)
+    with torch.no_grad():
+        served.use([None, "plain"])
+        assert torch.equal(model(tokens[[4, 0]])[1], out[0])  # the same bits in another batch
+    assert torch.equal(served.restore()(tokens), plain) and isinstance(model.head, nn.Linear)
+
+
+def test_export_is_equal_to_the_bit(adapters, tmp_path):
+    model, folders, _, _ = adapters
+    served = load_peft_adapters(model, folders)
+    for name, folder in folders.items():
+        served.export(name, tmp_path / "out" / name)
+        before = safetensors_torch.load_file(folder / "adapter_model.safetensors")
+        after = safetensors_torch.load_file(tmp_path / "out" / name / "adapter_model.safetensors")
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[key].view(torch.int32), after[key].view(torch.int32)) for key in before)
+        config = [json.loads((path / "adapter_config.json").read_text()) for path in (folder, tmp_path / "out" / name)]
+        assert config[0] == config[1]
+
+
+def test_add_evict_and_mix(tmp_path):
+    model, tokens = Model(), torch.randint(0, 30, (2, 3))
+    first, second = (write(tmp_path / name, q_proj(layer)) for layer, name in enumerate(("one", "two")))
+    served = load_peft_adapters(model, {"one": first}, num_slots=2)
+    served.use(["one", None])
+    before = model(tokens)
+    served.add("two", second)  # targets a layer that had no adapters
+    assert torch.equal(model(tokens), before)
+    served.mix(["one", "two"], torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+    mixed = model(tokens)
+    assert torch.equal(mixed[0], before[0]) and not torch.equal(mixed[1], before[1])
+    with pytest.raises(ValueError, match="adapter 'three' needs one of 2 slots"):
+        served.add("three", first)
+    served.evict("one")
+    with pytest.raises(ValueError, match=r"must be one that is loaded \('two'\), got 'one'"):
+        served.use(["one"])
+    with pytest.raises(RuntimeError, match="whose slot is empty"):
+        model(tokens)  # the batch still names it
+    served.add("three", first)
+    served.use(["three", None])
+    assert torch.equal(model(tokens), before)
+
+
+def test_what_is_not_understood_is_refused(tmp_path):
+    model = Model()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    name = "base_model.model.layers.0.q_proj"
+    bad = {
+        "a key": (q_proj(**{f"{name}.lora_C.weight": torch.ones(1)}), {}, f"key of adapter 'bad'.*{name}.lora_C"),
+        "a module": ({key.replace("q_proj", "v_proj"): t for key, t in q_proj().items()}, {}, "key.*v_proj.lora_A"),
+        "a rank": (q_proj(rank=3), {}, r"q_proj.lora_A.weight of adapter 'bad' must be of shape \[rank=2, in=12\]"),
+        "a dtype": (
+            {key: t.bfloat16() for key, t in q_proj().items()},
+            {},
+            "must be of the base's dtype torch.float32",
+        ),
+        "half": (dict(list(q_proj().items())[:1]), {}, "there with both factors"),
+        "targets": (q_proj(), dict(target_modules=["q_proj", "k_proj"]), "target_modules.*got 'k_proj'"),
+        "saved": (q_proj(), dict(modules_to_save=["head"]), "modules_to_save of adapter 'bad' must be None"),
+        "experts": (q_proj(), dict(target_parameters=["experts.w"]), "target_parameters of adapter 'bad' must be None"),
+        "pissa": (q_proj(), dict(init_lora_weights="pissa"), "init_lora_weights.*got 'pissa'"),
+        "dora": (q_proj(), dict(use_dora=True), "saved with use_dora=True"),
+        "type": (q_proj(), dict(peft_type="IA3"), "peft_type of adapter 'bad' must be 'LORA', got 'IA3'"),
+    }
+    good = write(tmp_path / "good", q_proj())
+    for folder, (tensors, config, message) in bad.items():
+        write(tmp_path / folder, tensors, **config)
+        with pytest.raises(ValueError, match=message):
+            load_peft_adapters(model, {"good": good, "bad": tmp_path / folder})
+    with pytest.raises(ValueError, match="folder of adapter 'none' must be one with adapter_config.json"):
+        load_peft_adapters(model, {"none": tmp_path / "nowhere"})
+    assert {key: value for key, value in model.state_dict().items()}.keys() == state.keys()
+    assert isinstance(model.layers[0].q_proj, nn.Linear)
+
+
+def test_adapter_of_another_base(tmp_path):
+    model = Model()
+    model.config = type("Config", (), {"_name_or_path": "new-base"})()
+    folder = write(tmp_path / "old", q_proj(), base_model_name_or_path="old-base")
+    with pytest.raises(ValueError, match="base model of adapter 'old' must be new-base, got old-base"):
+        load_peft_adapters(model, {"old": folder})
+    assert load_peft_adapters(model, {"old": folder}, allow_other_base=True).names == ["old"]
