@@ -28,6 +28,7 @@ DATA_FILES = {"plan", "prepacked"}
 #: files of a room that hold more of its public functions: they may import what api may, and api
 PUBLIC_FILES = {
     "route": {"capacity", "expert_choice", "forced", "logits", "losses", "random", "top_p", "two_level"},
+    "routed_lora": {"serving"},
 }
 
 

@@ -60,13 +60,23 @@ from moe_kernels.ops.route import (  # noqa: E402
     update_expert_bias_,
     z_loss,
 )
-from moe_kernels.ops.routed_lora import lora_expand, lora_shrink, routed_lora  # noqa: E402
+from moe_kernels.ops.routed_lora import (  # noqa: E402
+    LoRARouting,
+    bgmv,
+    lora_expand,
+    lora_shrink,
+    prepare_routing,
+    routed_lora,
+    sgmv,
+)
 
 __all__ = [
     "Activation",
     "DispatchPlan",
+    "LoRARouting",
     "PrepackedWeights",
     "balance_loss",
+    "bgmv",
     "consistency_loss",
     "cosine_logits",
     "empty_cache",
@@ -85,6 +95,7 @@ __all__ = [
     "permute",
     "plan_dispatch",
     "prepack",
+    "prepare_routing",
     "route",
     "route_expert_choice",
     "route_forced",
@@ -94,6 +105,7 @@ __all__ = [
     "route_two_level",
     "route_weights",
     "routed_lora",
+    "sgmv",
     "tune_experts",
     "unpermute",
     "update_expert_bias_",

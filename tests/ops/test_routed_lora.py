@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_kernels import lora_expand, lora_shrink, routed_lora
+from moe_kernels import bgmv, lora_expand, lora_shrink, prepare_routing, routed_lora, sgmv
 from moe_kernels.ops.routed_lora import native
 from tests.ops.helpers import DTYPES, LOW_DTYPES, check, check_exact, leaf, small_integers, strided
 
@@ -274,6 +274,24 @@ def test_strides_and_halves(backend):
     v = lora_shrink(x, a, ids, backend=backend)
     assert v.shape == (4, 1, 3) and v.dtype == torch.float32 and not v[1].any()
     assert torch.equal(lora_expand(v, b, ids, scaling=2.0, backend=backend), plain)
+
+
+def test_names_of_serving_engines(backend):
+    x, base, a, b = torch.randn(9, 6), torch.randn(9, 5), torch.randn(3, 2, 6), torch.randn(3, 5, 2)
+    # a token before the first segment and one behind the last; an empty one, one without adapter, one adapter twice
+    seg_indptr, weight_indices = torch.tensor([1, 3, 3, 4, 6, 8]), torch.tensor([2, 1, -1, 0, 2])
+    ids = torch.tensor([-1, 2, 2, -1, 0, 0, 2, 2, -1])
+    expected = routed_lora(x, a, b, ids, scaling=0.5, base=base, backend=backend)
+    assert torch.equal(bgmv(x, a, b, ids, 0.5, base=base, backend=backend), expected)
+    assert torch.equal(sgmv(x, a, b, seg_indptr, weight_indices, 0.5, base=base, backend=backend), expected)
+    with pytest.raises(ValueError, match=r"sgmv: seg_indptr must be of shape \[num_segments \+ 1\]"):
+        sgmv(x, a, b, seg_indptr[:-1], weight_indices)
+    with pytest.raises(ValueError, match=r"bgmv: indices must be of shape \[num_tokens\]"):
+        bgmv(x, a, b, ids[:, None])
+    routing = prepare_routing(ids, 3)
+    assert routing.token_indices_sorted_by_lora_ids.tolist() == [0, 3, 8, 4, 5, 1, 2, 6, 7]
+    assert routing.lora_ids.tolist() == [-1, 0, 2, -1] and routing.num_tokens_per_lora.tolist() == [3, 2, 4, 0]
+    assert routing.lora_token_start_loc.tolist() == [0, 3, 5, 9, 9]
 
 
 @pytest.mark.with_reference
