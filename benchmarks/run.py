@@ -104,9 +104,12 @@ def main(arguments: list[str] | None = None) -> int:
     for op in ops:
         if op not in modules:
             parser.error(f"--op must be of {', '.join(OPS)}, all; got {op}")
-    unknown = [name for name in options.shape or () if name not in SHAPES]
+    # an op may have shapes of its own
+    shapes = list(SHAPES) + [name for name in modules[ops[0]].DEFAULTS["shapes"] if name not in SHAPES]
+    shapes = [name for name in shapes if name in SHAPES or all(name in modules[op].DEFAULTS["shapes"] for op in ops)]
+    unknown = [name for name in options.shape or () if name not in shapes]
     if unknown:
-        parser.error(f"--shape must be of {', '.join(SHAPES)}; got {', '.join(unknown)}")
+        parser.error(f"--shape must be of {', '.join(shapes)}; got {', '.join(unknown)}")
     providers = options.providers.split(",") if options.providers else None
     for name in providers or ():
         if not any(name in modules[op].PROVIDER_NAMES for op in ops):

@@ -1,3 +1,13 @@
 """One module an op: ``SUMMARY``, ``DEFAULTS`` (shapes, dtypes, tokens) and ``cells(context)``."""
 
-OPS = ("expert_ffn", "expert_ffn_train", "route", "route_methods", "permute", "grouped_gemm", "call_overhead", "build")
+OPS = (
+    "expert_ffn",
+    "expert_ffn_train",
+    "route",
+    "route_methods",
+    "permute",
+    "grouped_gemm",
+    "routed_lora",
+    "call_overhead",
+    "build",
+)
