@@ -1,8 +1,9 @@
 """One LoRA adapter a token beside a 2048 x 2048 linear layer: what the adapters add to the base's time.
 
 Every candidate takes the base's output and adds the adapters' to it, its own sorting included; ``base`` is the linear
-layer alone. ``E8`` has 8 adapters of rank 16, ``E64`` 64 of them, ``mixed`` 16 of ranks 8 to 128; a model's shape has
-as many adapters as experts, of rank 16. PEFT's layer call computes the base too: its overhead is its time less ``base``'s.
+layer alone. ``E8`` has 8 adapters of rank 16, ``E64`` 64 of them, ``mixed`` 16 of ranks 8 to 128; a model's shape
+has as many adapters as experts, of rank 16. PEFT's layer call computes the base too: its overhead is its time less
+``base``'s.
 """
 
 from importlib.util import find_spec

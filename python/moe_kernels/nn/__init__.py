@@ -7,6 +7,13 @@ from moe_kernels.nn.feed_forward import MoEFeedForward, Routed
 from moe_kernels.nn.multi_lora import AdapterRouting, MultiLoRAEmbedding, MultiLoRALinear
 from moe_kernels.nn.prior_approximate import prior_approximate_loss, train_router
 from moe_kernels.nn.prune import merge_experts, prune_experts
+from moe_kernels.nn.routed_lora_linear import (
+    ArrowRouter,
+    LoRAMoERouter,
+    PhatgooseGate,
+    PhatgooseRouter,
+    RoutedLoRALinear,
+)
 from moe_kernels.nn.split import split_dense
 from moe_kernels.nn.statistics import ModuleStatistics
 from moe_kernels.nn.upcycle import upcycle
@@ -14,13 +21,18 @@ from moe_kernels.nn.upcycle import upcycle
 __all__ = [
     "AdapterPool",
     "AdapterRouting",
+    "ArrowRouter",
     "CosineRouter",
+    "LoRAMoERouter",
     "MoEAttention",
     "MoEFeedForward",
     "ModuleStatistics",
     "MultiLoRAEmbedding",
     "MultiLoRALinear",
+    "PhatgooseGate",
+    "PhatgooseRouter",
     "Routed",
+    "RoutedLoRALinear",
     "merge_experts",
     "prior_approximate_loss",
     "prune_experts",
