@@ -4,6 +4,7 @@ from moe_kernels.nn.adapter_pool import AdapterPool
 from moe_kernels.nn.attention import MoEAttention
 from moe_kernels.nn.cosine_router import CosineRouter
 from moe_kernels.nn.feed_forward import MoEFeedForward, Routed
+from moe_kernels.nn.mixlora import MixLoRAFeedForward
 from moe_kernels.nn.multi_lora import AdapterRouting, MultiLoRAEmbedding, MultiLoRALinear
 from moe_kernels.nn.prior_approximate import prior_approximate_loss, train_router
 from moe_kernels.nn.prune import merge_experts, prune_experts
@@ -24,6 +25,7 @@ __all__ = [
     "ArrowRouter",
     "CosineRouter",
     "LoRAMoERouter",
+    "MixLoRAFeedForward",
     "MoEAttention",
     "MoEFeedForward",
     "ModuleStatistics",
