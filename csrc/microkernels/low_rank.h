@@ -98,10 +98,25 @@ static void rank_products(const T* const* x, int64_t m, const T* const* rows, in
   }
 }
 
+// Rows j of the factor are taken a few at a time; sums wait in L1 between them. The first ones start from the base, the
+// last ones round into the output.
+template <class T>
+struct RankSums {
+  const T* const* base;  // [m]; null: zero
+  T* const* out;         // [m]; null: the sums stay
+  acc_t<T>* sums;
+  int64_t sums_stride;
+
+  __attribute__((always_inline)) RankSums at_row(int64_t row) const {
+    return {base == nullptr ? nullptr : base + row, out == nullptr ? nullptr : out + row, sums + row * sums_stride,
+            sums_stride};
+  }
+};
+
 // Two rows of sums take four rows of the factor at once (8 weights, 4 + 2 operands: 14 registers), one takes eight.
-template <class T, int kM, int kJ>
-static void sums_tile(const T* const* rows, const acc_t<T>* const* weights, int64_t first, acc_t<T>* sums,
-                      int64_t sums_stride, int64_t n) {
+template <class T, int kM, int kJ, bool kFirst, bool kLast>
+static void sums_tile(const T* const* rows, const acc_t<T>* const* weights, int64_t first, const RankSums<T>& result,
+                      int64_t n) {
   using Acc = acc_t<T>;
   constexpr int kN = kLanes<Acc>;
   Acc w[kM][kJ];
@@ -110,11 +125,23 @@ static void sums_tile(const T* const* rows, const acc_t<T>* const* weights, int6
     b[j] = rows[first + j];
     for (int m = 0; m < kM; ++m) w[m][j] = weights[m][first + j];
   }
+  const T* base[kM] = {};
+  T* out[kM] = {};
+  for (int m = 0; m < kM; ++m) {
+    if (kFirst && result.base != nullptr) base[m] = result.base[m];
+    if (kLast) out[m] = result.out[m];
+  }
+  const bool has_base = kFirst && result.base != nullptr;
   int64_t i = 0;
   for (; i + kN <= n; i += kN) {
     Vec<Acc> sum[kM];
 #pragma GCC unroll 8
-    for (int m = 0; m < kM; ++m) sum[m] = load(sums + m * sums_stride + i);
+    for (int m = 0; m < kM; ++m) {
+      if constexpr (kFirst)
+        sum[m] = has_base ? load_converted(base[m] + i) : Vec<Acc>{};
+      else
+        sum[m] = load(result.sums + m * result.sums_stride + i);
+    }
 #pragma GCC unroll 8
     for (int j = 0; j < kJ; ++j) {
       const Vec<Acc> row = load_converted(b[j] + i);
@@ -122,34 +149,59 @@ static void sums_tile(const T* const* rows, const acc_t<T>* const* weights, int6
       for (int m = 0; m < kM; ++m) sum[m] = broadcast(w[m][j]) * row + sum[m];
     }
 #pragma GCC unroll 8
-    for (int m = 0; m < kM; ++m) store(sums + m * sums_stride + i, sum[m]);
-  }
-  if (i < n) {
     for (int m = 0; m < kM; ++m) {
-      Vec<Acc> sum = load(sums + m * sums_stride + i);
-      for (int j = 0; j < kJ; ++j) sum = broadcast(w[m][j]) * load_converted_partial(b[j] + i, n - i) + sum;
-      store(sums + m * sums_stride + i, sum);
+      if constexpr (kLast)
+        store_converted(out[m] + i, sum[m]);
+      else
+        store(result.sums + m * result.sums_stride + i, sum[m]);
     }
+  }
+  if (i == n) return;
+  for (int m = 0; m < kM; ++m) {
+    Vec<Acc> sum{};
+    if constexpr (!kFirst)
+      sum = load(result.sums + m * result.sums_stride + i);
+    else if (has_base)
+      sum = load_converted_partial(base[m] + i, n - i);
+    for (int j = 0; j < kJ; ++j) sum = broadcast(w[m][j]) * load_converted_partial(b[j] + i, n - i) + sum;
+    Acc lanes[kN];
+    store(kLast ? lanes : result.sums + m * result.sums_stride + i, sum);
+    if constexpr (kLast) convert_back(lanes, out[m] + i, n - i);
   }
 }
 
 template <class T, int kM>
-static void sums_tiles(const T* const* rows, int64_t num_rows, const acc_t<T>* const* weights, acc_t<T>* sums,
-                       int64_t sums_stride, int64_t n) {
+static void sums_tiles(const T* const* rows, int64_t num_rows, const acc_t<T>* const* weights, const RankSums<T>& result,
+                       int64_t n) {
   constexpr int kJ = kM == 1 ? 8 : 4;
-  int64_t j = 0;
-  for (; j + kJ <= num_rows; j += kJ) sums_tile<T, kM, kJ>(rows, weights, j, sums, sums_stride, n);
-  for (; j < num_rows; ++j) sums_tile<T, kM, 1>(rows, weights, j, sums, sums_stride, n);
+  for (int64_t j = 0; j < num_rows;) {
+    const auto run = [&]<int kRows>() {
+      const bool last = j + kRows == num_rows && result.out != nullptr;
+      if (j == 0 && last)
+        sums_tile<T, kM, kRows, true, true>(rows, weights, j, result, n);
+      else if (j == 0)
+        sums_tile<T, kM, kRows, true, false>(rows, weights, j, result, n);
+      else if (last)
+        sums_tile<T, kM, kRows, false, true>(rows, weights, j, result, n);
+      else
+        sums_tile<T, kM, kRows, false, false>(rows, weights, j, result, n);
+      j += kRows;
+    };
+    if (j + kJ <= num_rows)
+      run.template operator()<kJ>();
+    else
+      run.template operator()<1>();
+  }
 }
 
 // See Microkernels::rank_sums.
 template <class T>
-static void rank_sums(const T* const* rows, int64_t num_rows, const acc_t<T>* const* weights, int64_t m, acc_t<T>* sums,
-                      int64_t sums_stride, int64_t n) {
+static void rank_sums(const T* const* rows, int64_t num_rows, const acc_t<T>* const* weights, int64_t m,
+                      const T* const* base, T* const* out, acc_t<T>* sums, int64_t sums_stride, int64_t n) {
+  const RankSums<T> result{base, out, sums, sums_stride};
   int64_t row = 0;
-  for (; row + 2 <= m; row += 2)
-    sums_tiles<T, 2>(rows, num_rows, weights + row, sums + row * sums_stride, sums_stride, n);
-  if (row < m) sums_tiles<T, 1>(rows, num_rows, weights + row, sums + row * sums_stride, sums_stride, n);
+  for (; row + 2 <= m; row += 2) sums_tiles<T, 2>(rows, num_rows, weights + row, result.at_row(row), n);
+  if (row < m) sums_tiles<T, 1>(rows, num_rows, weights + row, result.at_row(row), n);
 }
 
 }  // namespace moe::MOE_ISA

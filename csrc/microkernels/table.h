@@ -108,9 +108,11 @@ struct Microkernels {
   // products[m][j] = sum_i x[m][i] * rows[j][i] over i in [0, n), for few rows j: neither operand is packed
   void (*rank_products)(const T* const* x, int64_t m, const T* const* rows, int64_t num_rows, int64_t n,
                         Acc* const* products);
-  // sums[m * sums_stride + i] += sum_j weights[m][j] * rows[j][i] in the order of j. sums is padded to whole vectors.
-  void (*rank_sums)(const T* const* rows, int64_t num_rows, const Acc* const* weights, int64_t m, Acc* sums,
-                    int64_t sums_stride, int64_t n);
+  // out[m][i] = base[m][i] + sum_j weights[m][j] * rows[j][i] in the order of j, rounded once; num_rows is at least 1.
+  // base may be null (zero), and so may out: the sums then stay at sums[m * sums_stride + i]. sums is scratch memory,
+  // each row of it padded to whole vectors.
+  void (*rank_sums)(const T* const* rows, int64_t num_rows, const Acc* const* weights, int64_t m, const T* const* base,
+                    T* const* out, Acc* sums, int64_t sums_stride, int64_t n);
 
   int64_t dot_step;         // elements of one step of dot
   int64_t dot_panel_rows;   // rows of one packed panel

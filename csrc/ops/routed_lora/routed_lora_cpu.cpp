@@ -155,15 +155,17 @@ Tensor lora_expand_cpu(const Tensor& v_in, const Tensor& factor, const std::opti
       Acc* sums = task_scratch.take<Acc>(2 * (kColumnBlock + kVectorPadding));
       for (int64_t i = group.begin; i < group.end; i += 2) {
         const int64_t here = std::min<int64_t>(2, group.end - i);
+        const T* base_rows[2] = {};
+        T* out_rows[2] = {};
         for (int64_t m = 0; m < here; ++m) {
           const int64_t t = tokens[i + m];
-          const T* base_row = base ? data<T>(*base) + t * base->stride(0) + column : nullptr;
+          out_rows[m] = out + t * rows.length + column;
+          if (base) base_rows[m] = data<T>(*base) + t * base->stride(0) + column;
           if (num_rows == 0) {  // not through sums: -0 and NaN keep their bits
-            if (base_row != nullptr)
-              std::memcpy(static_cast<void*>(out + t * rows.length + column), base_row, static_cast<size_t>(n) * sizeof(T));
+            if (base)
+              std::memcpy(static_cast<void*>(out_rows[m]), base_rows[m], static_cast<size_t>(n) * sizeof(T));
             else
-              fill_zero(out + t * rows.length + column, n);
-            continue;
+              fill_zero(out_rows[m], n);
           }
           int64_t at = 0;
           for (int64_t k = 0; k < top_k; ++k) {
@@ -173,18 +175,10 @@ Tensor lora_expand_cpu(const Tensor& v_in, const Tensor& factor, const std::opti
             const Acc* values = data<Acc>(v) + (t * top_k + k) * max_rank;
             for (int64_t j = 0; j < rows.rank(ids[k]); ++j) row_weights[m][at++] = weight * values[j];
           }
-          Acc* row_sums = sums + m * (kColumnBlock + kVectorPadding);
-          if (base_row != nullptr)
-            microkernels<T>().load_row(base_row, row_sums, n);
-          else
-            fill_zero(row_sums, n);
-          fill_zero(row_sums + n, kVectorPadding);
         }
-        if (num_rows == 0) continue;
-        microkernels<T>().rank_sums(factor_rows, num_rows, row_weights, here, sums, kColumnBlock + kVectorPadding, n);
-        for (int64_t m = 0; m < here; ++m)
-          microkernels<T>().store_row(sums + m * (kColumnBlock + kVectorPadding), nullptr,
-                                      out + tokens[i + m] * rows.length + column, n);
+        if (num_rows > 0)
+          microkernels<T>().rank_sums(factor_rows, num_rows, row_weights, here, base ? base_rows : nullptr, out_rows, sums,
+                                      kColumnBlock + kVectorPadding, n);
       }
     });
   });
@@ -236,10 +230,9 @@ Tensor lora_factor_grad_cpu(const Tensor& v_in, const Tensor& x_in, const std::o
         fill_zero(total, 2 * kStride);
         for (int64_t chunk = 0; chunk < count; chunk += kTokenChunk) {
           const int64_t size = std::min(kTokenChunk, count - chunk);
-          fill_zero(sums, 2 * kStride);
           for (int64_t m = 0; m < here; ++m)
             for (int64_t i = 0; i < size; ++i) weights[m][i] = values[chunk + i][j + m];
-          microkernels<T>().rank_sums(inputs + chunk, size, weights, here, sums, kStride, n);
+          microkernels<T>().rank_sums(inputs + chunk, size, weights, here, nullptr, nullptr, sums, kStride, n);
           for (int64_t m = 0; m < here; ++m)
             microkernels<T>().accumulate(total + m * kStride, sums + m * kStride, nullptr, Acc{1}, n);
         }
