@@ -53,7 +53,7 @@ def _call_cells(context: Context, dtype: torch.dtype, num_tokens: int) -> Cells:
     routing = (logits, None, _TOP_K, 0, True, 1.0, 1, 1, 0, 0)
     out_features = gate_up_proj.shape[1]
     native = _dispatch.resolve("expert_ffn", "auto", "cpu") == "native"
-    kernel_arguments = (None, None, *activation.kernel_arguments(), False, False)
+    kernel_arguments = (None, None, *activation.kernel_arguments(), False, gate_up_proj.shape[1], False)
 
     # op -> public call, the op below it when native, and the reference function that stands in when not
     calls = {

@@ -6,6 +6,7 @@
 #else
 #include "microkernels/dot_panels.h"
 #endif
+#include "microkernels/dot_quantized.h"
 #include "microkernels/elementwise.h"
 #include "microkernels/low_rank.h"
 #include "microkernels/outer.h"
@@ -15,8 +16,9 @@ namespace moe::MOE_ISA {
 
 template <class T>
 static constexpr Microkernels<T> make() {
-  return {
+  Microkernels<T> kernels = {
       .dot = dot<T>,
+      .dot_quantized = nullptr,
       .outer = outer<T>,
       .weight_grad = weight_grad<T>,
       .activation_forward = activation_forward<T>,
@@ -46,6 +48,8 @@ static constexpr Microkernels<T> make() {
 #endif
       .scratch_bytes = kScratchBytes<T>,
   };
+  if constexpr (__is_same(acc_t<T>, float)) kernels.dot_quantized = dot_quantized<T>;
+  return kernels;
 }
 
 extern const MicrokernelTable table;

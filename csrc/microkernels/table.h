@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "common/dtype.h"
+#include "microkernels/quantized.h"
 
 namespace moe {
 
@@ -67,6 +68,10 @@ struct Microkernels {
   // All blocks for m rows; the blocks share ldc. Together, so that each tile of rows is brought to L1 once.
   void (*dot)(const T* const* a, int64_t m, const DotBlock<T>* blocks, int64_t num_blocks, int64_t k, int64_t ldc,
               const NextWeights& next, void* scratch);
+
+  // All blocks of quantised weights for m <= 96 rows; the blocks share ldc, `in` and the format. Null for double.
+  void (*dot_quantized)(const T* const* a, int64_t m, const QuantizedBlock* blocks, int64_t num_blocks, int64_t ldc,
+                        void* scratch);
 
   // c[m, j] = sum_k a[m][k] * b[k * b_step_stride + j] for m <= max_block rows, j in [0, n), n <= max_block.
   // Columns of c up to the next multiple of `panel` are scratch.

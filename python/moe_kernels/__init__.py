@@ -36,6 +36,12 @@ from moe_kernels.memory import empty_cache  # noqa: E402
 from moe_kernels.ops.expert_ffn import expert_ffn  # noqa: E402
 from moe_kernels.ops.grouped_gemm import PrepackedWeights, grouped_gemm, prepack  # noqa: E402
 from moe_kernels.ops.permute import DispatchPlan, permute, plan_dispatch, unpermute  # noqa: E402
+from moe_kernels.ops.quantize import (  # noqa: E402
+    QuantizedWeights,
+    quantize,
+    quantized_from_fp8,
+    quantized_from_mxfp4,
+)
 from moe_kernels.ops.route import (  # noqa: E402
     balance_loss,
     consistency_loss,
@@ -75,6 +81,7 @@ __all__ = [
     "DispatchPlan",
     "LoRARouting",
     "PrepackedWeights",
+    "QuantizedWeights",
     "balance_loss",
     "bgmv",
     "consistency_loss",
@@ -96,6 +103,9 @@ __all__ = [
     "plan_dispatch",
     "prepack",
     "prepare_routing",
+    "quantize",
+    "quantized_from_fp8",
+    "quantized_from_mxfp4",
     "route",
     "route_expert_choice",
     "route_forced",

@@ -452,9 +452,9 @@ def test_registration(backend, transposed):
     x, weights, gate_up, down, gate_up_bias, down_bias = layer.tensors
     arguments = (*layer.activation.kernel_arguments(), False)
     tensors = (x, layer.topk_ids, weights, gate_up, down, gate_up_bias, down_bias)
-    torch.library.opcheck(native.expert_ffn, (*tensors, *arguments, False))
-    torch.library.opcheck(native.expert_ffn, (*tensors, *arguments, True))
-    grad_out, pre_activation = native.expert_ffn(*tensors, *arguments, True)
+    torch.library.opcheck(native.expert_ffn, (*tensors, *arguments, tensors[3].shape[1], False))
+    torch.library.opcheck(native.expert_ffn, (*tensors, *arguments, tensors[3].shape[1], True))
+    grad_out, pre_activation = native.expert_ffn(*tensors, *arguments, tensors[3].shape[1], True)
     for asked in ([True] * 6, [True, False, False, True, False, False]):
         torch.library.opcheck(
             native.expert_ffn_backward,

@@ -140,31 +140,25 @@ std::tuple<Tensor, Tensor> expert_ffn_cpu(const Tensor& hidden_states_in, const 
                                           const std::optional<Tensor>& gate_up_bias_in,
                                           const std::optional<Tensor>& down_bias_in, int64_t kind, bool gated,
                                           double alpha, double limit, bool clamp_output, double up_offset,
-                                          bool interleaved, bool save_pre_activation) {
+                                          bool interleaved, int64_t gate_up_size, bool save_pre_activation) {
   MOE_CHECK(hidden_states_in.dim() == 2, kOp, ": hidden_states must be of shape [num_tokens, hidden_size]");
   const Tensor hidden_states = with_contiguous_rows(hidden_states_in);
   const auto gate_up_bias = contiguous(gate_up_bias_in), down_bias = contiguous(down_bias_in);
   const int64_t num_tokens = hidden_states.size(0), hidden_size = hidden_states.size(1);
   const int64_t num_experts = gate_up_proj.size(0);
-  const bool packed = gate_up_proj.dim() == 6;
+  const bool quantized = is_quantized(gate_up_proj), packed = quantized || gate_up_proj.dim() == 6;  // gate and up apart
   const ScalarType dtype = hidden_states.scalar_type();
-  MOE_CHECK(gate_up_proj.scalar_type() == dtype && down_proj.scalar_type() == dtype &&
+  MOE_CHECK((quantized || (gate_up_proj.scalar_type() == dtype && down_proj.scalar_type() == dtype)) &&
                 (!gate_up_bias || gate_up_bias->scalar_type() == dtype) &&
                 (!down_bias || down_bias->scalar_type() == dtype),
             kOp, ": weights and biases must have the dtype of hidden_states");
-  MOE_CHECK(down_proj.size(0) == num_experts && (down_proj.dim() == 6) == packed, kOp,
-            ": gate_up_proj and down_proj must both be plain or both prepacked, for as many experts");
-  int64_t gate_up_size = gate_up_proj.size(1);
-  if (packed) {
-    // prepacked matrices tell only their padded size, in whole panels of rows and whole steps; the biases tell more, and
-    // without them the padding is harmless: zeros, unless the input is infinite
-    const int64_t rows = gate_up_proj.size(2) * gate_up_proj.size(4), steps = down_proj.size(3) * down_proj.size(5);
-    gate_up_size = gate_up_bias ? gate_up_bias->size(1) : gate_up_proj.size(1) * std::min(rows, steps);
-  }
+  MOE_CHECK(down_proj.size(0) == num_experts && is_quantized(down_proj) == quantized &&
+                (down_proj.dim() == 6) == (gate_up_proj.dim() == 6),
+            kOp, ": gate_up_proj and down_proj must both be plain, prepacked or quantised, for as many experts");
+  const int64_t num_splits = quantized ? QuantizedHeader::read(kOp, gate_up_proj).num_splits : gate_up_proj.size(1);
   const GateUp layout{gated ? gate_up_size / 2 : gate_up_size, gated, interleaved};
-  MOE_CHECK(layout.size() == gate_up_size && !(packed && save_pre_activation) && (gated || !interleaved) && kind >= 0 &&
-                kind <= 4 &&
-                (!packed || gate_up_proj.size(1) == (gated ? 2 : 1)),
+  MOE_CHECK(layout.size() == gate_up_size && (quantized || !(packed && save_pre_activation)) &&
+                (gated || !interleaved) && kind >= 0 && kind <= 4 && (!packed || num_splits == (gated ? 2 : 1)),
             kOp, ": gate_up_proj must hold gate and up rows, and be plain where a gradient is needed");
   MOE_CHECK((!gate_up_bias || gate_up_bias->numel() == num_experts * gate_up_size) &&
                 (!down_bias || down_bias->numel() == num_experts * hidden_size),
@@ -179,9 +173,11 @@ std::tuple<Tensor, Tensor> expert_ffn_cpu(const Tensor& hidden_states_in, const 
       save_pre_activation ? new_result(hidden_states, {pairs.num_pairs, gate_up_size}) : new_result(hidden_states, {0});
   dispatch_float(kOp, dtype, [&]<class T>() {
     using Acc = acc_t<T>;
-    const auto gate_up = ExpertMatrices<T>::plain_or_packed(kOp, gate_up_proj, gate_up_size, hidden_size);
-    const auto down = ExpertMatrices<T>::plain_or_packed(kOp, down_proj, hidden_size, layout.intermediate_size);
-    MOE_CHECK(gate_up.in == hidden_size && down.out == hidden_size && down.in == layout.intermediate_size, kOp,
+    const auto gate_up = ExpertMatrices<T>::of_any_layout(kOp, gate_up_proj, gate_up_size, hidden_size);
+    const auto down = ExpertMatrices<T>::of_any_layout(kOp, down_proj, hidden_size, layout.intermediate_size);
+    MOE_CHECK(gate_up.in == hidden_size && gate_up.out == gate_up_size && down.out == hidden_size &&
+                  down.in == layout.intermediate_size && (!quantized || down.num_splits == 1),
+              kOp,
               ": down_proj must be of shape [num_experts, hidden_size, intermediate_size] that fits gate_up_proj");
     const T* const* x = pairs.token_rows<T>(scratch, hidden_states);
     T* act = scratch.take<T>(pairs.num_permuted() * layout.intermediate_size);

@@ -13,12 +13,13 @@
 #include "common/parallel.h"
 #include "common/workspace.h"
 #include "microkernels/table.h"
+#include "ops/grouped_gemm/quantized_header.h"
 
 namespace moe {
 
 // expert_weights [num_experts, out, in], read in place: rows contiguous along in ("dot" layout), or along out ("outer"
-// layout: transposed weights, and every matrix as its own gradient sees it), or prepacked. Any other strides are copied
-// once a call.
+// layout: transposed weights, and every matrix as its own gradient sees it), prepacked, or quantised. Any other strides
+// are copied once a call.
 template <class T>
 struct ExpertMatrices {
   Tensor keep_alive;
@@ -28,7 +29,8 @@ struct ExpertMatrices {
   bool dot_layout = true;
   int64_t row_stride = 0;                                     // dot: between outputs; outer: between inputs
   int64_t step_stride = 0, panel_rows = 0, panel_stride = 0;  // dot only
-  int64_t num_splits = 1, split_stride = 0;                   // prepacked only: gate and up lie apart
+  int64_t num_splits = 1, split_stride = 0;                   // prepacked and quantised: gate and up lie apart
+  std::optional<QuantizedHeader> header;                      // quantised only
 
   // Weights as they are; `transposed` exchanges out and in without touching memory.
   static ExpertMatrices view(const char* op, const Tensor& weights, bool transposed = false) {
@@ -76,7 +78,22 @@ struct ExpertMatrices {
     return matrices;
   }
 
-  static ExpertMatrices plain_or_packed(const char* op, const Tensor& weights, int64_t out, int64_t in) {
+  // The layout of microkernels/quantized.h.
+  static ExpertMatrices quantized(const char* op, const Tensor& weights) {
+    MOE_CHECK(microkernels<T>().dot_quantized != nullptr, op,
+              ": quantised weights must meet float32, bfloat16 or float16, not float64");
+    ExpertMatrices matrices;
+    matrices.keep_alive = torch::stable::contiguous(weights);
+    matrices.header = QuantizedHeader::read(op, matrices.keep_alive);
+    matrices.num_experts = weights.size(0);
+    matrices.out = matrices.header->out;
+    matrices.in = matrices.header->in;
+    matrices.num_splits = matrices.header->num_splits;
+    return matrices;
+  }
+
+  static ExpertMatrices of_any_layout(const char* op, const Tensor& weights, int64_t out, int64_t in) {
+    if (is_quantized(weights)) return quantized(op, weights);
     return weights.dim() == 6 ? packed(op, weights, out, in) : view(op, weights);
   }
 
@@ -101,8 +118,10 @@ struct ExpertMatrices {
     }
     int64_t block = kernels.outer_max_block;
     // packing is repaid by 64 columns already; many tasks even out threads that other work holds up
-    if (kernels.dot_packs)
-      return split(split(block, 64, 16 * num_threads()), std::max(kBlockUnit, kernels.outer_panel), 4 * num_threads());
+    if (kernels.dot_packs || header) {
+      const int64_t smallest = header ? kQuantizedPanel : std::max(kBlockUnit, kernels.outer_panel);
+      return split(split(block, 64, 16 * num_threads()), smallest, 4 * num_threads());
+    }
     const int64_t fits = l2_bytes() * kWeightShare / 16 / std::max<int64_t>(1, in * static_cast<int64_t>(sizeof(T)));
     block = std::clamp<int64_t>(fits / kBlockUnit * kBlockUnit, kBlockUnit, block);
     return split(block, kBlockUnit, 4 * num_threads());
@@ -117,7 +136,7 @@ struct ExpertMatrices {
 
   // Half a block, rounded up to whole units (dot) or panels (outer).
   int64_t half_block(int64_t block) const {
-    const int64_t unit = dot_layout ? kBlockUnit : std::max(kBlockUnit, microkernels<T>().outer_panel);
+    const int64_t unit = header ? kQuantizedPanel : dot_layout ? kBlockUnit : std::max(kBlockUnit, microkernels<T>().outer_panel);
     return (block / 2 + unit - 1) / unit * unit;
   }
 
@@ -143,6 +162,7 @@ struct ExpertMatrices {
                 const NextWeights& next = {}) const {
     Scratch scratch;
     void* packed = scratch.take<char>(microkernels<T>().scratch_bytes);
+    if (header) return multiply_quantized(expert, a, num_rows, ranges, ldc, packed);
     if (!dot_layout) {
       for (const Columns& range : ranges)
         microkernels<T>().outer(a, num_rows, data + expert * expert_stride + range.column, row_stride, range.n, in, range.c,
@@ -156,7 +176,7 @@ struct ExpertMatrices {
   // Where the weights of these columns lie (dot only).
   NextWeights memory(int64_t expert, std::span<const Columns> ranges) const {
     NextWeights next;
-    if (!dot_layout) return next;
+    if (!dot_layout || header) return next;  // quantised weights are read as a stream, which needs no more
     DotBlock<T> blocks[kMaxDotBlocks];
     next.num_ranges = dot_blocks(expert, ranges, blocks);
     for (int64_t i = 0; i < next.num_ranges; ++i) {
@@ -167,6 +187,21 @@ struct ExpertMatrices {
   }
 
  private:
+  // A range begins with a panel: callers take blocks of whole panels, gate and up apart.
+  void multiply_quantized(int64_t expert, const T* const* a, int64_t num_rows, std::span<const Columns> ranges, int64_t ldc,
+                          void* scratch) const {
+    if constexpr (__is_same(acc_t<T>, float)) {
+      QuantizedBlock blocks[kMaxDotBlocks];
+      int64_t num_blocks = 0;
+      for (const Columns& range : ranges) {
+        const int64_t split = range.column / (out / num_splits), column = range.column - split * (out / num_splits);
+        const uint8_t* bytes = moe::data<uint8_t>(keep_alive) + expert * keep_alive.stride(0);
+        blocks[num_blocks++] = {header->matrix(bytes, split), column, range.n, range.c};
+      }
+      microkernels<T>().dot_quantized(a, num_rows, blocks, num_blocks, ldc, scratch);
+    }
+  }
+
   // The blocks that make up the ranges: a range may straddle gate and up where they were packed apart.
   int64_t dot_blocks(int64_t expert, std::span<const Columns> ranges, DotBlock<T>* blocks) const {
     const int64_t split_size = num_splits == 1 ? kPlain : out / num_splits;

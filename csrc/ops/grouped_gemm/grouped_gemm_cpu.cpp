@@ -19,7 +19,7 @@ Tensor grouped_gemm_cpu(const Tensor& rows_in, const Tensor& expert_weights, con
   const Tensor rows = with_contiguous_rows(rows_in);
   const Tensor offsets = torch::stable::contiguous(expert_offsets);
   MOE_CHECK(rows.dim() == 2 && offsets.scalar_type() == ScalarType::Int &&
-                expert_weights.scalar_type() == rows.scalar_type(),
+                (is_quantized(expert_weights) || expert_weights.scalar_type() == rows.scalar_type()),
             "grouped_gemm: rows must be 2-dimensional, of the dtype of expert_weights, and expert_offsets int32");
   const int64_t num_rows = rows.size(0), num_experts = expert_weights.size(0);
   MOE_CHECK(offsets.numel() == num_experts + 1, "grouped_gemm: expert_offsets must be of shape [num_experts + 1]");
@@ -31,9 +31,9 @@ Tensor grouped_gemm_cpu(const Tensor& rows_in, const Tensor& expert_weights, con
             "grouped_gemm: bias must be of shape [num_experts, out] and the dtype of rows");
   Tensor out = new_result(rows, {num_rows, out_features});
   dispatch_float("grouped_gemm", rows.scalar_type(), [&]<class T>() {
-    const auto weights = ExpertMatrices<T>::plain_or_packed("grouped_gemm", expert_weights, out_features, rows.size(1));
-    MOE_CHECK(weights.in == rows.size(1) && weights.out == out_features,
-              "grouped_gemm: expert_weights must be of shape [num_experts, out, in=", rows.size(1), "]");
+    const auto weights = ExpertMatrices<T>::of_any_layout("grouped_gemm", expert_weights, out_features, rows.size(1));
+    MOE_CHECK(weights.in == rows.size(1) && weights.out == out_features && !(weights.header && weights.num_splits > 1),
+              "grouped_gemm: expert_weights must be of shape [num_experts, out, in=", rows.size(1), "], not split");
     Scratch scratch;
     const T* const* a = row_pointers<T>(scratch, rows);
     const int64_t row_tasks = expert_tasks(offset, num_experts, 1, 1, nullptr);

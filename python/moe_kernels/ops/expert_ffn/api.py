@@ -15,8 +15,9 @@ from moe_kernels._checks import (
 from moe_kernels._dispatch import Backend, autocast, autocast_enabled, resolve
 from moe_kernels.activation import Activation
 from moe_kernels.ops.expert_ffn import autograd, native, reference
-from moe_kernels.ops.grouped_gemm.api import check_bias, check_prepacked
+from moe_kernels.ops.grouped_gemm.api import check_bias, check_prepacked, check_quantized
 from moe_kernels.ops.grouped_gemm.prepacked import PrepackedWeights
+from moe_kernels.ops.quantize.quantized import QuantizedWeights
 
 _OP = "expert_ffn"
 _SILU = Activation()
@@ -26,8 +27,8 @@ def expert_ffn(
     hidden_states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    gate_up_proj: Tensor | PrepackedWeights,
-    down_proj: Tensor | PrepackedWeights,
+    gate_up_proj: Tensor | PrepackedWeights | QuantizedWeights,
+    down_proj: Tensor | PrepackedWeights | QuantizedWeights,
     *,
     gate_up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
@@ -57,6 +58,8 @@ def expert_ffn(
         gate_up_proj: [num_experts, 2 * intermediate_size, hidden_size] (ungated: [num_experts, intermediate_size,
             hidden_size]), dtype of ``hidden_states``, any strides: give a transposed layout as
             ``weights.transpose(1, 2)``, it is read in place. Or :func:`prepack` of it (inference only).
+            Or :func:`quantize` of it, ``num_splits=2`` where gated (no gradient flows to it; native kernels want
+            float32, bfloat16 or float16).
         down_proj: [num_experts, hidden_size, intermediate_size], likewise.
         gate_up_bias: [num_experts, 2 * intermediate_size].
         down_bias: [num_experts, hidden_size].
@@ -81,15 +84,17 @@ def expert_ffn(
     check_tensor(_OP, "topk_ids", topk_ids)
     check_tensor(_OP, "topk_weights", topk_weights)
     packed = isinstance(gate_up_proj, PrepackedWeights)
-    if not packed:
+    quantized = isinstance(gate_up_proj, QuantizedWeights)
+    if not packed and not quantized:
         check_tensor(_OP, "gate_up_proj", gate_up_proj)
-    if isinstance(down_proj, PrepackedWeights) != packed:
-        raise value_error(_OP, "down_proj", "prepacked where gate_up_proj is, and plain where it is plain", "the other")
-    if not packed:
+    if isinstance(down_proj, PrepackedWeights) != packed or isinstance(down_proj, QuantizedWeights) != quantized:
+        expected = "prepacked or quantised where gate_up_proj is, and plain where it is plain"
+        raise value_error(_OP, "down_proj", expected, type(down_proj).__name__)
+    if not packed and not quantized:
         check_tensor(_OP, "down_proj", down_proj)
 
     device_type = hidden_states.device.type
-    if not packed and autocast_enabled(device_type):
+    if not packed and autocast_enabled(device_type):  # leaves quantised weights alone
         hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias = autocast(
             device_type, hidden_states, gate_up_proj, down_proj, gate_up_bias, down_bias
         )
@@ -125,7 +130,7 @@ def expert_ffn(
     if down_proj.shape != (num_experts, hidden_size, gate_up_size // 2 if activation.gated else gate_up_size):
         expected = f"[num_experts={num_experts}, hidden_size={hidden_size}, intermediate_size], where gate_up_proj is "
         raise shape_error(_OP, "down_proj", expected + str(list(gate_up_shape)), down_proj)
-    if gate_up_proj.dtype != dtype or down_proj.dtype != dtype:
+    if not quantized and (gate_up_proj.dtype != dtype or down_proj.dtype != dtype):
         name, wrong = ("gate_up_proj", gate_up_proj) if gate_up_proj.dtype != dtype else ("down_proj", down_proj)
         raise dtype_error(_OP, name, dtype, wrong, "it must equal that of hidden_states")
     if gate_up_bias is not None:
@@ -158,7 +163,24 @@ def expert_ffn(
         check_prepacked(_OP, "gate_up_proj", gate_up_proj, chosen, 2 if activation.gated else 1, interleaved, *inputs)
         check_prepacked(_OP, "down_proj", down_proj, chosen, 1, False)
         tensors = (hidden_states, topk_ids, topk_weights, gate_up_proj.data, down_proj.data, gate_up_bias, down_bias)
-        return native.expert_ffn(*tensors, *activation.kernel_arguments(), interleaved, False)[0]
+        return native.expert_ffn(*tensors, *activation.kernel_arguments(), interleaved, gate_up_size, False)[0]
+    if quantized:
+        num_splits = 2 if activation.gated else 1
+        check_quantized(
+            _OP, "gate_up_proj", gate_up_proj, "hidden_states", hidden_states, chosen, num_splits, interleaved
+        )
+        check_quantized(_OP, "down_proj", down_proj, "hidden_states", hidden_states, chosen, 1, False)
+        inputs = (hidden_states, topk_ids, topk_weights)
+        if chosen == "reference":
+            weights = (gate_up_proj.dequantize(dtype), down_proj.dequantize(dtype))
+            return reference.expert_ffn(*inputs, *weights, gate_up_bias, down_bias, activation, interleaved)
+        if torch.is_grad_enabled() and any(
+            tensor is not None and tensor.requires_grad
+            for tensor in (hidden_states, topk_weights, gate_up_bias, down_bias)
+        ):
+            return autograd.QuantizedExpertFFN.apply(*arguments, activation, interleaved)
+        tensors = (*inputs, gate_up_proj.data, down_proj.data, gate_up_bias, down_bias)
+        return native.expert_ffn(*tensors, *activation.kernel_arguments(), interleaved, gate_up_size, False)[0]
     if chosen == "reference":
         return reference.expert_ffn(*arguments, activation, interleaved)
     if torch.is_grad_enabled() and (
@@ -170,4 +192,4 @@ def expert_ffn(
         or (down_bias is not None and down_bias.requires_grad)
     ):
         return autograd.ExpertFFN.apply(*arguments, activation, interleaved)
-    return native.expert_ffn(*arguments, *activation.kernel_arguments(), interleaved, False)[0]
+    return native.expert_ffn(*arguments, *activation.kernel_arguments(), interleaved, gate_up_size, False)[0]

@@ -18,7 +18,8 @@ _ACTIVATION = "int kind, bool gated, float alpha, float limit, bool clamp_output
 torch.library.define(
     "moe_kernels::expert_ffn",
     "(Tensor hidden_states, Tensor topk_ids, Tensor topk_weights, Tensor gate_up_proj, Tensor down_proj, "
-    f"Tensor? gate_up_bias, Tensor? down_bias, {_ACTIVATION}, bool save_pre_activation) -> (Tensor, Tensor)",
+    f"Tensor? gate_up_bias, Tensor? down_bias, {_ACTIVATION}, SymInt gate_up_size, bool save_pre_activation) -> "
+    "(Tensor, Tensor)",
 )
 torch.library.define(
     "moe_kernels::expert_ffn_backward",
@@ -34,9 +35,9 @@ expert_ffn_backward = torch.ops.moe_kernels.expert_ffn_backward.default
 
 @torch.library.register_fake("moe_kernels::expert_ffn")
 def _(hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, gate_up_bias, down_bias, *arguments):
-    save_pre_activation = arguments[-1]
+    gate_up_size, save_pre_activation = arguments[-2:]
     if save_pre_activation:
-        pre_activation = hidden_states.new_empty(topk_ids.shape[0] * topk_ids.shape[1], gate_up_proj.shape[1])
+        pre_activation = hidden_states.new_empty(topk_ids.shape[0] * topk_ids.shape[1], gate_up_size)
     else:
         pre_activation = hidden_states.new_empty(0)
     return hidden_states.new_empty(hidden_states.shape), pre_activation

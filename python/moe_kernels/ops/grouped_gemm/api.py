@@ -14,11 +14,12 @@ from moe_kernels._checks import (
 from moe_kernels._dispatch import Backend, autocast, autocast_enabled, resolve
 from moe_kernels.ops.grouped_gemm import autograd, native, reference
 from moe_kernels.ops.grouped_gemm.prepacked import PrepackedWeights
+from moe_kernels.ops.quantize.quantized import QuantizedWeights
 
 
 def grouped_gemm(
     rows: Tensor,
-    expert_weights: Tensor | PrepackedWeights,
+    expert_weights: Tensor | PrepackedWeights | QuantizedWeights,
     expert_offsets: Tensor,
     bias: Tensor | None = None,
     *,
@@ -35,7 +36,8 @@ def grouped_gemm(
     Args:
         rows: [num_permuted, in], float32, bfloat16, float16 or float64, any strides.
         expert_weights: [num_experts, out, in], dtype of ``rows``, any strides: a transposed layout [num_experts, in,
-            out] is given as ``weights.transpose(1, 2)`` and read in place. Or :func:`prepack` of it.
+            out] is given as ``weights.transpose(1, 2)`` and read in place. Or :func:`prepack` of it, or
+            :func:`quantize` of it (no gradient flows to those; native kernels want float32, bfloat16 or float16 rows).
         expert_offsets: [num_experts + 1] int32, starts at 0, never falls, ends at or below num_permuted.
         bias: [num_experts, out], dtype of ``rows``.
         backend: see :mod:`moe_kernels`.
@@ -52,10 +54,11 @@ def grouped_gemm(
     check_tensor("grouped_gemm", "rows", rows)
     check_tensor("grouped_gemm", "expert_offsets", expert_offsets)
     packed = isinstance(expert_weights, PrepackedWeights)
-    if not packed:
+    quantized = isinstance(expert_weights, QuantizedWeights)
+    if not packed and not quantized:
         check_tensor("grouped_gemm", "expert_weights", expert_weights)
     device_type = rows.device.type
-    if not packed and autocast_enabled(device_type):
+    if not packed and autocast_enabled(device_type):  # leaves quantised weights alone
         rows, expert_weights, bias = autocast(device_type, rows, expert_weights, bias)
     if rows.dim() != 2:
         raise shape_error("grouped_gemm", "rows", "[num_permuted, in]", rows)
@@ -63,7 +66,7 @@ def grouped_gemm(
         raise dtype_error("grouped_gemm", "rows", FLOAT_DTYPES, rows)
     if len(expert_weights.shape) != 3 or expert_weights.shape[2] != rows.shape[1]:
         raise shape_error("grouped_gemm", "expert_weights", f"[num_experts, out, in={rows.shape[1]}]", expert_weights)
-    if expert_weights.dtype != rows.dtype:
+    if not quantized and expert_weights.dtype != rows.dtype:
         raise dtype_error("grouped_gemm", "expert_weights", rows.dtype, expert_weights, "it must equal that of rows")
     num_experts, out_features, _ = expert_weights.shape
     if expert_offsets.shape != (num_experts + 1,):
@@ -80,6 +83,13 @@ def grouped_gemm(
     chosen = resolve("grouped_gemm", backend, device_type)
     if packed:
         check_prepacked("grouped_gemm", "expert_weights", expert_weights, chosen, 1, False, rows, bias)
+        return native.grouped_gemm(rows, expert_weights.data, expert_offsets, bias, out_features)
+    if quantized:
+        check_quantized("grouped_gemm", "expert_weights", expert_weights, "rows", rows, chosen, 1, False)
+        if chosen == "reference":
+            return reference.grouped_gemm(rows, expert_weights.dequantize(rows.dtype), expert_offsets, bias)
+        if torch.is_grad_enabled() and (rows.requires_grad or (bias is not None and bias.requires_grad)):
+            return autograd.QuantizedGroupedGemm.apply(rows, expert_weights, expert_offsets, bias)
         return native.grouped_gemm(rows, expert_weights.data, expert_offsets, bias, out_features)
     if chosen == "reference":
         return reference.grouped_gemm(rows, expert_weights, expert_offsets, bias)
@@ -146,3 +156,22 @@ def check_prepacked(
         raise value_error(op, argument, f"prepacked with num_splits={num_splits}, interleaved={interleaved}", made)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         raise value_error(op, argument, "a plain tensor where a gradient is needed", "prepacked weights")
+
+
+def check_quantized(
+    op: str,
+    argument: str,
+    weights: QuantizedWeights,
+    input_argument: str,
+    inputs: Tensor,
+    backend: str,
+    num_splits: int,
+    interleaved: bool,
+) -> None:
+    """Raises where quantised weights meet inputs that no kernel multiplies them with, or another use than theirs."""
+    if backend != "reference" and inputs.dtype == torch.float64:
+        remedy = f"cast {input_argument}, or use backend='reference'"
+        raise dtype_error(op, input_argument, FLOAT_DTYPES[:3], inputs, f"weights are quantised: {remedy}")
+    if weights.num_splits != num_splits or weights.interleaved != interleaved:
+        made = f"num_splits={weights.num_splits}, interleaved={weights.interleaved}"
+        raise value_error(op, argument, f"quantised with num_splits={num_splits}, interleaved={interleaved}", made)

@@ -36,3 +36,25 @@ class GroupedGemm(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             grad_bias = native.grouped_gemm_bias_grad(grad_out, expert_offsets)
         return grad_rows, grad_weights, None, grad_bias
+
+
+class QuantizedGroupedGemm(torch.autograd.Function):
+    """:class:`GroupedGemm` with frozen, quantised weights, which backward reads dequantised in the rows' dtype."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, expert_weights, expert_offsets: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(expert_offsets)
+        ctx.expert_weights = expert_weights
+        return native.grouped_gemm(rows, expert_weights.data, expert_offsets, bias, expert_weights.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_out: Tensor):
+        (expert_offsets,) = ctx.saved_tensors
+        grad_rows = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weights = ctx.expert_weights.dequantize(grad_out.dtype).transpose(1, 2)
+            grad_rows = native.grouped_gemm(grad_out, weights, expert_offsets, None, weights.shape[1])
+        if ctx.needs_input_grad[3]:
+            grad_bias = native.grouped_gemm_bias_grad(grad_out, expert_offsets)
+        return grad_rows, None, None, grad_bias
