@@ -8,6 +8,8 @@ from moe_kernels.nn.mixlora import MixLoRAFeedForward
 from moe_kernels.nn.multi_lora import AdapterRouting, MultiLoRAEmbedding, MultiLoRALinear
 from moe_kernels.nn.prior_approximate import prior_approximate_loss, train_router
 from moe_kernels.nn.prune import merge_experts, prune_experts
+from moe_kernels.nn.quantize import quantize_experts
+from moe_kernels.nn.quantized_experts import QuantizedExperts
 from moe_kernels.nn.routed_lora_linear import (
     ArrowRouter,
     LoRAMoERouter,
@@ -33,11 +35,13 @@ __all__ = [
     "MultiLoRALinear",
     "PhatgooseGate",
     "PhatgooseRouter",
+    "QuantizedExperts",
     "Routed",
     "RoutedLoRALinear",
     "merge_experts",
     "prior_approximate_loss",
     "prune_experts",
+    "quantize_experts",
     "split_dense",
     "train_router",
     "upcycle",

@@ -10,6 +10,7 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_kernels._checks import shape_error, value_error
 from moe_kernels.activation import Activation
+from moe_kernels.nn.quantized_experts import expert_weights
 from moe_kernels.ops.expert_ffn import expert_ffn
 from moe_kernels.ops.route import expert_counts, identity_weights, route, route_forced, update_expert_bias_
 
@@ -170,7 +171,8 @@ class MoEFeedForward(nn.Module):
         routed = Routed(logits, topk_ids, topk_weights)
         self._observe(routed)
 
-        out = expert_ffn(tokens, topk_ids, topk_weights, self.gate_up_proj, self.down_proj, activation=self.activation)
+        experts = (expert_weights(self.gate_up_proj), expert_weights(self.down_proj))
+        out = expert_ffn(tokens, topk_ids, topk_weights, *experts, activation=self.activation)
         if self.num_identity_experts:
             share = identity_weights(topk_ids, topk_weights, self.num_experts)
             out = out + share[:, None].to(out.dtype) * tokens.to(out.dtype)

@@ -22,9 +22,17 @@ except ImportError as error:
     ) from error
 
 from moe_kernels.integrations.transformers.experts import experts_forward, fp8_experts_forward
+from moe_kernels.integrations.transformers.quantize import quantize_experts
 from moe_kernels.integrations.transformers.replace import IMPLEMENTATION, ReplacementReport, replace_modules
 
 ExpertsInterface.register(IMPLEMENTATION, experts_forward)
 FP8ExpertsInterface.register(IMPLEMENTATION, fp8_experts_forward)
 
-__all__ = ["IMPLEMENTATION", "ReplacementReport", "experts_forward", "fp8_experts_forward", "replace_modules"]
+__all__ = [
+    "IMPLEMENTATION",
+    "ReplacementReport",
+    "experts_forward",
+    "fp8_experts_forward",
+    "quantize_experts",
+    "replace_modules",
+]

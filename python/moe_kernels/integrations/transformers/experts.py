@@ -8,9 +8,11 @@ from torch import Tensor, nn
 from moe_kernels._checks import value_error
 from moe_kernels._dispatch import autocast_enabled
 from moe_kernels.integrations.transformers.gates import Gate, recognise
+from moe_kernels.nn.quantized_experts import QuantizedExperts, expert_weights
 from moe_kernels.ops.expert_ffn import expert_ffn
 from moe_kernels.ops.grouped_gemm import grouped_gemm
 from moe_kernels.ops.permute import permute, plan_dispatch, unpermute
+from moe_kernels.ops.quantize import QuantizedWeights
 
 
 def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -42,14 +44,14 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     else:
         up_proj, up_bias = self.up_proj, self.up_proj_bias if self.has_bias else None
     down_proj, down_bias = self.down_proj, self.down_proj_bias if self.has_bias else None
-    if self.is_transposed:
+    if self.is_transposed and not isinstance(up_proj, QuantizedExperts):
         up_proj, down_proj = up_proj.transpose(1, 2), down_proj.transpose(1, 2)
     return run(
         hidden_states,
         top_k_index,
         top_k_weights,
-        up_proj,
-        down_proj,
+        expert_weights(up_proj),
+        expert_weights(down_proj),
         up_bias,
         down_bias,
         gate=fusable_gate(self),
@@ -61,11 +63,12 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 def fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """``experts_implementation="moe_kernels"`` of ``FP8Experts``: dequantises, then does as :func:`experts_forward`.
 
-    There are no FP8 kernels yet. Each call makes a copy of the layer's weights in the dtype of ``hidden_states``
-    (``3 * num_experts * intermediate_size * hidden_size`` elements where gated), which lives until the call ends, or
-    until backward where a gradient flows to ``hidden_states``. Slower than plain weights, but it runs on any device;
-    transformers' own FP8 experts need a GPU. Activations are not quantised, so results are closer to the plain model's
-    than those of transformers' kernels, which round activations to FP8. The weights and their scales get no gradient.
+    Unless :func:`.quantize_experts` has turned the weights over to the kernels that read e4m3, each call makes a copy of
+    the layer's weights in the dtype of ``hidden_states`` (``3 * num_experts * intermediate_size * hidden_size`` elements
+    where gated), which lives until the call ends, or until backward where a gradient flows to ``hidden_states``. That is
+    slower than plain weights, but it runs on any device; transformers' own FP8 experts need a GPU. Activations are not
+    quantised, so results are closer to the plain model's than those of transformers' kernels, which round activations to
+    FP8. The weights and their scales get no gradient.
 
     Args:
         self, hidden_states, top_k_index, top_k_weights: as :func:`experts_forward`.
@@ -73,28 +76,25 @@ def fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Ten
     Raises:
         ValueError: packed FP4 weights, or static activation scales: see :func:`refuse_fp8`.
     """
+    up_name = "gate_up_proj" if self.has_gate else "up_proj"
+    gates = {"gate": fusable_gate(self), "own_gate": self._apply_gate if self.has_gate else self.act_fn}
+    if isinstance(self.down_proj, QuantizedExperts):
+        return run(hidden_states, top_k_index, top_k_weights, getattr(self, up_name)(), self.down_proj(), **gates)
     reason = refuse_fp8(self)
     if reason is not None:
         raise value_error("fp8_experts_forward", *reason)
     dtype = hidden_states.dtype
     if autocast_enabled(hidden_states.device.type):
         dtype = torch.get_autocast_dtype(hidden_states.device.type)
-    up_name = "gate_up_proj" if self.has_gate else "up_proj"
     up_proj = _dequantise(getattr(self, up_name), getattr(self, up_name + "_scale_inv"), self.block_size, dtype)
     down_proj = _dequantise(self.down_proj, self.down_proj_scale_inv, self.block_size, dtype)
-    return run(
-        hidden_states,
-        top_k_index,
-        top_k_weights,
-        up_proj,
-        down_proj,
-        gate=fusable_gate(self),
-        own_gate=self._apply_gate if self.has_gate else self.act_fn,
-    )
+    return run(hidden_states, top_k_index, top_k_weights, up_proj, down_proj, **gates)
 
 
 def refuse_fp8(experts: nn.Module) -> tuple[str, str, object, str] | None:
     """Why ``FP8Experts`` cannot run here, as (argument, expected, actual, remedy); None when it can."""
+    if isinstance(experts.down_proj, QuantizedExperts):
+        return None
     dtype = experts.down_proj.dtype
     if not dtype.is_floating_point:
         remedy = "there is no FP4 path; load the model with dequantize=True or another experts_implementation"
@@ -120,8 +120,8 @@ def run(
     hidden_states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    up_proj: Tensor,
-    down_proj: Tensor,
+    up_proj: Tensor | QuantizedWeights,
+    down_proj: Tensor | QuantizedWeights,
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     *,
@@ -131,7 +131,10 @@ def run(
 ) -> Tensor:
     """Runs experts [num_experts, out, in]: fused where ``gate`` is known, else ``own_gate`` between grouped GEMMs."""
     # transformers' own implementations cast like this: norms kept in float32 hand float32 to bfloat16 experts
-    rows = hidden_states.to(up_proj.dtype)
+    # quantised weights take any dtype: biases then say which is the model's own
+    quantized = isinstance(up_proj, QuantizedWeights)
+    dtype = up_proj.dtype if not quantized else hidden_states.dtype if up_bias is None else up_bias.dtype
+    rows = hidden_states.to(dtype)
     if gate is not None:
         out = expert_ffn(
             rows,
@@ -147,7 +150,7 @@ def run(
         return out.to(hidden_states.dtype)
     plan = plan_dispatch(topk_ids, up_proj.shape[0])
     rows = own_gate(grouped_gemm(permute(rows, plan), up_proj, plan.expert_offsets, up_bias))
-    rows = grouped_gemm(rows.to(down_proj.dtype), down_proj, plan.expert_offsets, down_bias)
+    rows = grouped_gemm(rows.to(dtype if quantized else down_proj.dtype), down_proj, plan.expert_offsets, down_bias)
     if post_expert_norm is not None:
         rows = post_expert_norm(rows)
     return unpermute(rows, plan, topk_weights).to(hidden_states.dtype)

@@ -13,6 +13,7 @@ from transformers.integrations.moe import ExpertsInterface
 
 from moe_kernels.integrations.transformers.experts import fusable_gate, refuse_fp8
 from moe_kernels.integrations.transformers.undecorated import ADAPTERS, CONTAINERS, REFUSED
+from moe_kernels.nn.quantized_experts import QuantizedExperts
 
 #: value of ``experts_implementation``
 IMPLEMENTATION = "moe_kernels"
@@ -85,7 +86,7 @@ def replace_modules(model: nn.Module) -> ReplacementReport:
             continue
         cls = type(module)
         path = f"{cls.__module__}.{cls.__qualname__}"
-        interface = _interface(cls)
+        interface = dispatches_by(cls)
         if interface is not None:
             reason = _replace_decorated(name, module, interface, report)
         elif path in ADAPTERS:
@@ -104,7 +105,7 @@ def replace_modules(model: nn.Module) -> ReplacementReport:
     return report
 
 
-def _interface(cls: type[nn.Module]) -> ExpertsInterface | None:
+def dispatches_by(cls: type[nn.Module]) -> ExpertsInterface | None:
     """The interface by which a decorated class dispatches: the decorator's wrapper closes over it."""
     code = getattr(cls.forward, "__code__", None)
     if code is None or "experts_interface" not in code.co_freevars:
@@ -136,7 +137,8 @@ def _replace_decorated(
     # the attribute behind the property: the property's setter would change sub-configurations too
     config._experts_implementation_internal = IMPLEMENTATION
     fused = "fused" if fusable_gate(experts) is not None else "unfused"
-    report.paths[name] = f"dequantised at each call, {fused}" if quantised else fused
+    dequantises = quantised and not isinstance(experts.down_proj, QuantizedExperts)
+    report.paths[name] = f"dequantised at each call, {fused}" if dequantises else fused
     return None
 
 
