@@ -396,7 +396,7 @@ def test_ops_refuse_what_does_not_fit(backend):
     down = quantize(weights_of(2, 64, 4))
     with pytest.raises(ValueError, match="expert_ffn: gate_up_proj must be quantised with num_splits=2"):
         expert_ffn(rows, topk_ids, topk_weights, quantized, down)
-    with pytest.raises(ValueError, match="expert_ffn: down_proj must be prepacked or quantised where gate_up_proj is"):
+    with pytest.raises(ValueError, match="expert_ffn: down_proj must be prepacked where gate_up_proj is, quantised"):
         expert_ffn(rows, topk_ids, topk_weights, quantized, torch.randn(2, 64, 4))
 
 

@@ -63,12 +63,12 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
 def fp8_experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """``experts_implementation="moe_kernels"`` of ``FP8Experts``: dequantises, then does as :func:`experts_forward`.
 
-    Unless :func:`.quantize_experts` has turned the weights over to the kernels that read e4m3, each call makes a copy of
-    the layer's weights in the dtype of ``hidden_states`` (``3 * num_experts * intermediate_size * hidden_size`` elements
-    where gated), which lives until the call ends, or until backward where a gradient flows to ``hidden_states``. That is
-    slower than plain weights, but it runs on any device; transformers' own FP8 experts need a GPU. Activations are not
-    quantised, so results are closer to the plain model's than those of transformers' kernels, which round activations to
-    FP8. The weights and their scales get no gradient.
+    Unless :func:`.quantize_experts` has turned the weights over to the kernels that read e4m3, each call makes a copy
+    of the layer's weights in the dtype of ``hidden_states`` (``3 * num_experts * intermediate_size * hidden_size``
+    elements where gated), which lives until the call ends, or until backward where a gradient flows to
+    ``hidden_states``. That is slower than plain weights, but it runs on any device; transformers' own FP8 experts need
+    a GPU. Activations are not quantised, so results are closer to the plain model's than those of transformers'
+    kernels, which round activations to FP8. The weights and their scales get no gradient.
 
     Args:
         self, hidden_states, top_k_index, top_k_weights: as :func:`experts_forward`.

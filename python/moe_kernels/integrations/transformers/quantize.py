@@ -15,8 +15,8 @@ def quantize_experts(model: nn.Module, format: str = "int8", *, group_size: int 
     """Quantises the experts of a transformers model that runs on moe_kernels, in place; they are frozen from then on.
 
     Every module whose class ``use_experts_implementation`` decorates is turned over, whatever its layout. Weights that
-    are stored as e4m3 with scales (``FP8Experts``) are taken over bit for bit and need ``format="fp8"``. The weights of a
-    GPT-OSS checkpoint that was loaded dequantised fit ``format="mxfp4"`` exactly: they are what was released.
+    are stored as e4m3 with scales (``FP8Experts``) are taken over bit for bit and need ``format="fp8"``. The weights of
+    a GPT-OSS checkpoint that was loaded dequantised fit ``format="mxfp4"`` exactly: they are what was released.
 
     Args:
         model: any module with ``experts_implementation="moe_kernels"``, or after :func:`.replace_modules`.

@@ -88,7 +88,7 @@ def expert_ffn(
     if not packed and not quantized:
         check_tensor(_OP, "gate_up_proj", gate_up_proj)
     if isinstance(down_proj, PrepackedWeights) != packed or isinstance(down_proj, QuantizedWeights) != quantized:
-        expected = "prepacked or quantised where gate_up_proj is, and plain where it is plain"
+        expected = "prepacked where gate_up_proj is, quantised where it is quantised, else plain"
         raise value_error(_OP, "down_proj", expected, type(down_proj).__name__)
     if not packed and not quantized:
         check_tensor(_OP, "down_proj", down_proj)
