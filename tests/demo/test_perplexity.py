@@ -8,9 +8,10 @@ pytest.importorskip("transformers", reason="the demo runs a model of transformer
 import transformers
 
 from moe_kernels.demo import perplexity
-from moe_kernels.demo.model import LanguageModel, feed_forward_layers, recorded_inputs, split_model
+from moe_kernels.demo.model import LanguageModel, feed_forward_layers, split_model
 from moe_kernels.demo.settings import PerplexitySettings
 from moe_kernels.demo.text import Texts
+from moe_kernels.nn.split_models import recorded_inputs
 from moe_kernels.testing import assert_close_to_reference
 
 SETTINGS = PerplexitySettings(

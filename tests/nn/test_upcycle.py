@@ -117,3 +117,8 @@ def test_refusals_name_what_is_wrong():
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def test_a_layer_of_transformers_is_a_layer():
+    mlp = dense_model("llama").model.layers[0].mlp
+    assert isinstance(upcycle(mlp, 4, 2), MoEFeedForward)

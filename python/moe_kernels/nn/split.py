@@ -1,11 +1,14 @@
 """A dense feed-forward layer split into experts: :func:`split_dense`."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor, nn
 
 from moe_kernels._checks import shape_error, value_error
 from moe_kernels.activation import KINDS, Activation
 from moe_kernels.nn.feed_forward import MoEFeedForward
+from moe_kernels.nn.split_models import split_model
 
 _OP = "split_dense"
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -20,8 +23,11 @@ def split_dense(
     *,
     grouping: str = "importance",
     ridge: float = 1e-2,
-) -> MoEFeedForward:
+    progress: Callable[[Iterable, str], Iterable] = lambda iterable, description: iterable,
+) -> nn.Module:
     """Splits the neurons of a dense gated feed-forward layer into experts whose outputs add up to its output.
+
+    Given a transformers model, it does so to every layer; see *Whole models*.
 
     With a_i(x) = activation(gate_proj_i · x) * (up_proj_i · x), the activation of neuron i, and d_i its column of
     down_proj::
@@ -49,21 +55,38 @@ def split_dense(
     The logarithm matters: lengths differ by orders of magnitude, and a fit of the lengths serves the longest alone.
     Nothing is trained; ``train_router`` trains the router on, by FactorLLM's loss.
 
+    *Whole models.* The result is a copy of the model of a class of its own (``SplitLlamaForCausalLM``), each ``mlp``
+    replaced by the layer's split. ``save_pretrained`` writes experts, routers and each layer's ``top_k``; after
+    ``import moe_kernels.integrations.transformers``, ``AutoModelForCausalLM.from_pretrained`` reads them. Without that
+    import transformers refuses the model type; it does not load the dense class with new layers.
+
     Sources: FactorLLM (arXiv 2408.11855) for the split; MoEfication (arXiv 2110.01786) for choosing experts by what
     they would add.
 
     Args:
         mlp: a module with ``gate_proj``, ``up_proj``, ``down_proj`` (``nn.Linear`` without bias) and ``act_fn``, as in
-            the Llama family of transformers; it is not changed, and shares no memory with the result.
+            the Llama family of transformers; or a whole transformers Llama, Mistral, Qwen2 or Qwen3. It is not changed,
+            and shares no memory with the result.
         num_experts: divides the number of neurons.
         top_k: experts for each token; ``result.top_k`` can be changed later.
-        calibration: [num_tokens, hidden_size], inputs of this layer on real text; more tokens than hidden_size.
+        calibration: [num_tokens, hidden_size], inputs of this layer on real text; more tokens than hidden_size. For a
+            whole model: [num_windows, window_size], token ids of real text.
         grouping: "importance", "order" or "clusters".
         ridge: strength of the regression's penalty, relative to the inputs' mean variance.
+        progress: wraps what takes long in a whole model, called as ``progress(iterable, description)``.
 
     Returns:
-        A :class:`MoEFeedForward` with ``weighted=False``, device and dtype of ``mlp``. Deterministic.
+        A :class:`MoEFeedForward` with ``weighted=False``, or the model; device and dtype of ``mlp``. Deterministic.
     """
+    if hasattr(mlp, "save_pretrained"):  # a layer of transformers holds its configuration too
+        options = {"grouping": grouping, "ridge": ridge}
+        return split_model(
+            _OP,
+            mlp,
+            calibration,
+            lambda layer, tokens: split_dense(layer, num_experts, top_k, tokens, **options),
+            progress,
+        )
     gate_proj, up_proj, down_proj = dense_weights(_OP, mlp)
     activation = recognize_activation(mlp.act_fn)
     num_neurons, hidden_size = gate_proj.shape

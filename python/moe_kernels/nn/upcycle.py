@@ -69,7 +69,7 @@ def upcycle(
     if rest not in ("average", "first"):
         raise value_error(_OP, "rest", "one of average, first", repr(rest))
     generator = torch.Generator().manual_seed(seed)
-    if hasattr(models[0], "config"):
+    if hasattr(models[0], "save_pretrained"):  # a layer of transformers holds its configuration too
         return _upcycle_model(models, num_experts, top_k, rest, router_std, generator)
     return _upcycle_layer(models, num_experts, top_k, router_std, generator)
 

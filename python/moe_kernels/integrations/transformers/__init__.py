@@ -10,9 +10,13 @@ or, for a model that is there already, and for the mixture-of-experts models tha
     from moe_kernels.integrations.transformers import replace_modules
     report = replace_modules(model)      # print(report) says what was replaced, what was refused, and why
     report.restore()
+
+It also registers the classes of models whose layers ``moe_kernels.nn.split_dense`` has split, so that
+``AutoModelForCausalLM.from_pretrained`` loads them.
 """
 
 try:
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.integrations.finegrained_fp8 import FP8ExpertsInterface
     from transformers.integrations.moe import ExpertsInterface
 except ImportError as error:
@@ -24,9 +28,13 @@ except ImportError as error:
 from moe_kernels.integrations.transformers.experts import experts_forward, fp8_experts_forward
 from moe_kernels.integrations.transformers.quantize import quantize_experts
 from moe_kernels.integrations.transformers.replace import IMPLEMENTATION, ReplacementReport, replace_modules
+from moe_kernels.nn.split_models import split_classes
 
 ExpertsInterface.register(IMPLEMENTATION, experts_forward)
 FP8ExpertsInterface.register(IMPLEMENTATION, fp8_experts_forward)
+for split_class in split_classes().values():
+    AutoConfig.register(split_class.config_class.model_type, split_class.config_class, exist_ok=True)
+    AutoModelForCausalLM.register(split_class.config_class, split_class, exist_ok=True)
 
 __all__ = [
     "IMPLEMENTATION",
