@@ -15,7 +15,7 @@ def progress(iterable: Iterable, description: str) -> Iterable:
 
 def print_perplexity(result: dict) -> None:
     """Table of part 1."""
-    table = _table(
+    table = make_table(
         f"{result['model']}: each feed-forward layer split into {result['num_experts']} experts of "
         f"{result['neurons_per_expert']} neurons",
         f"{result['evaluation_tokens']} tokens of text that calibration has not seen",
@@ -33,7 +33,7 @@ def print_perplexity(result: dict) -> None:
             _speed(row["feed_forward_decode_ms"], dense["feed_forward_decode_ms"]),
             _speed(row["feed_forward_prefill_ms"], dense["feed_forward_prefill_ms"]),
         )
-    _print(table)
+    print_table(table)
     if "all_active" in result:
         exact = result["all_active"]
         relative = exact["max_logit_difference"] / exact["max_logit"]
@@ -47,7 +47,7 @@ def print_layers(rows: list[dict]) -> None:
     """Table of part 2."""
     implementations = list(rows[0]["implementations"]) if rows else []
     order = [name for name in ("eager", "batched_mm", "grouped_mm", "moe_kernels") if name in implementations]
-    table = _table(
+    table = make_table(
         "Experts of real layers in bfloat16: ms (error)",
         "error: largest difference to the layer in float32, relative to its largest value",
         ("layer", "tokens", "experts", *order, "fastest other / ours"),
@@ -67,13 +67,13 @@ def print_layers(rows: list[dict]) -> None:
             ),
             f"{min(others) / cells['moe_kernels']['ms']:.2f}x",
         )
-    _print(table)
+    print_table(table)
 
 
 def print_finetune(result: dict) -> None:
     """Table of part 3."""
     settings = result["settings"]
-    table = _table(
+    table = make_table(
         f"Training a Qwen3-MoE of {settings['num_layers']} layers, {settings['num_experts']} experts top-"
         f"{settings['top_k']}, hidden {settings['hidden_size']}, {settings['num_steps']} steps of "
         f"{settings['batch_size']} x {settings['window_size']} bytes",
@@ -104,7 +104,7 @@ def print_finetune(result: dict) -> None:
             f"{peak / 2**20:.0f}" if known else "unknown",
             f"{(peak - start) / 2**20:.0f}" if known else "unknown",
         )
-    _print(table)
+    print_table(table)
     print()
 
 
@@ -112,7 +112,7 @@ def plot_perplexity(result: dict, path: Path) -> None:
     """Perplexity over the number of active experts, and over speed."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    figure, (left, right) = _figure(1, 2, (11, 4.2))
+    figure, (left, right) = make_figure(1, 2, (11, 4.2))
     dense, rows = result["dense"], result["rows"]
     active = [row["active_experts"] for row in rows]
     perplexities = [row["perplexity"] for row in rows]
@@ -148,7 +148,7 @@ def plot_perplexity(result: dict, path: Path) -> None:
 
 def plot_finetune(result: dict, path: Path) -> None:
     """The loss curves, and how far they are from the first; zero shows at the bottom."""
-    figure, (left, right) = _figure(1, 2, (11, 4.2))
+    figure, (left, right) = make_figure(1, 2, (11, 4.2))
     curves = {name: run["losses"] for name, run in result["implementations"].items()}
     for (name, losses), style in zip(curves.items(), ("-", "--", ":"), strict=False):
         left.plot(range(1, len(losses) + 1), losses, style, label=name)
@@ -165,7 +165,7 @@ def plot_finetune(result: dict, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _figure(num_rows: int, num_columns: int, size: tuple[float, float]):
+def make_figure(num_rows: int, num_columns: int, size: tuple[float, float]):
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -174,7 +174,7 @@ def _figure(num_rows: int, num_columns: int, size: tuple[float, float]):
     return figure, figure.subplots(num_rows, num_columns)
 
 
-def _table(title: str, caption: str, columns: tuple[str, ...]):
+def make_table(title: str, caption: str, columns: tuple[str, ...]):
     from rich.table import Table
 
     table = Table(title=title, caption=caption, title_justify="left", caption_justify="left")
@@ -183,7 +183,7 @@ def _table(title: str, caption: str, columns: tuple[str, ...]):
     return table
 
 
-def _print(table) -> None:
+def print_table(table) -> None:
     from rich.console import Console
 
     console = Console()

