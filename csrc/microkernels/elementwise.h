@@ -288,24 +288,51 @@ static acc_t<T> inner_product(const T* a, const T* b, int64_t n) {
 }
 
 template <class T>
-static void scores(const T* logits, int64_t n, bool use_sigmoid, acc_t<T>* out) {
+static bool scores(const T* logits, int64_t n, bool use_sigmoid, const acc_t<T>* bias, acc_t<T>* out,
+                   acc_t<T>* choice) {
   using Acc = acc_t<T>;
-  convert(logits, out, n);
-  if (use_sigmoid) {
-    for (int64_t i = 0; i < n; ++i) out[i] = sigmoid(out[i]);
-    return;
-  }
-  Acc largest = -static_cast<Acc>(INFINITY);
-  for (int64_t i = 0; i < n; ++i) largest = out[i] > largest ? out[i] : largest;
-  for (int64_t i = 0; i < n; ++i) out[i] = exp_of(out[i] - largest);
   constexpr int kN = kLanes<Acc>;
-  Vec<Acc> sums{};
+  constexpr Acc kInfinity = static_cast<Acc>(INFINITY);
+  // four vectors at a time: one would wait for itself
+  Vec<Acc> most[4];
+  for (int v = 0; v < 4; ++v) most[v] = Vec<Acc>{} - kInfinity;
   int64_t i = 0;
-  for (; i + kN <= n; i += kN) sums += load(out + i);
-  Acc sum = reduce<Acc>(sums);
+  for (; i + 4 * kN <= n; i += 4 * kN)
+    for (int v = 0; v < 4; ++v) {
+      const Vec<Acc> x = load_converted(logits + i + v * kN);
+      store(choice + i + v * kN, x);
+      most[v] = larger_of<Acc>(x, most[v]);
+    }
+  Acc largest = reduce_largest<Acc>(larger_of<Acc>(larger_of<Acc>(most[0], most[1]), larger_of<Acc>(most[2], most[3])));
+  for (; i < n; ++i) {
+    choice[i] = to_acc(logits[i]);
+    largest = choice[i] > largest ? choice[i] : largest;
+  }
+  if (!(largest > -kInfinity && largest < kInfinity)) return false;
+
+  if (use_sigmoid) {
+    for (i = 0; i < n; ++i) out[i] = sigmoid(choice[i]);
+  } else {
+    for (i = 0; i < n; ++i) out[i] = exp_of(choice[i] - largest);
+  }
+  Vec<Acc> sums[4] = {};
+  for (i = 0; i + 4 * kN <= n; i += 4 * kN)
+    for (int v = 0; v < 4; ++v) sums[v] += load(out + i + v * kN);
+  Acc sum = reduce<Acc>((sums[0] + sums[1]) + (sums[2] + sums[3]));
   for (; i < n; ++i) sum += out[i];
-  const Acc inverse = Acc{1} / sum;
-  for (i = 0; i < n; ++i) out[i] *= inverse;
+  if (sum != sum) return false;  // scores are finite but for a NaN logit's
+  const Acc factor = use_sigmoid ? Acc{1} : Acc{1} / sum;
+  for (i = 0; i < n; ++i) {
+    out[i] *= factor;
+    choice[i] = choice[i] > -kInfinity ? out[i] : -kInfinity;
+  }
+  if (bias != nullptr) {
+    for (i = 0; i < n; ++i) {
+      const Acc biased = choice[i] + bias[i];  // NaN also where a forced expert is masked
+      choice[i] = biased == biased ? biased : -kInfinity;
+    }
+  }
+  return true;
 }
 
 }  // namespace moe::MOE_ISA

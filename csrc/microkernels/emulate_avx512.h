@@ -118,6 +118,13 @@ inline __m256i to_fp16(__m512 v) {
   std::memcpy(&out, halves, sizeof out);
   return out;
 }
+template <class Lane>
+inline unsigned sign_bits(__m512i v) {
+  const Lanes<Lane, __m512i> x(v);
+  unsigned bits = 0;
+  for (int i = 0; i < x.kCount; ++i) bits |= static_cast<unsigned>(x.lane[i] < 0) << i;
+  return bits;
+}
 inline __m256bh cvtneps(__m512 v) {
   const Lanes<uint32_t, __m512> x(v);
   return make<__m256bh, uint16_t>([&](int i) { return to_bf16(x.lane[i]); });
@@ -136,6 +143,8 @@ inline __m256bh cvtneps(__m512 v) {
 #define _mm512_dpbf16_ps(sum, a, b) moe::emulated::dpbf16(sum, a, b)
 #define _mm512_loadu_si512(p) moe::emulated::loadu(p)
 #define _mm512_maskz_loadu_epi16(mask, p) moe::emulated::maskz_loadu_16(mask, p)
+#define _mm512_movepi32_mask(v) moe::emulated::sign_bits<int32_t>(v)
+#define _mm512_movepi64_mask(v) moe::emulated::sign_bits<int64_t>(v)
 #define _mm512_or_si512(a, b) ((__m512i)((a) | (b)))
 #define _mm512_permutex2var_ps(a, index, b) moe::emulated::permute2(a, index, b)
 #define _mm512_set1_epi32(x) (__m512i)((__v16si{} + (x)))

@@ -10,6 +10,7 @@
 #include "microkernels/elementwise.h"
 #include "microkernels/low_rank.h"
 #include "microkernels/outer.h"
+#include "microkernels/select.h"
 #include "microkernels/weight_grad.h"
 
 namespace moe::MOE_ISA {
@@ -32,6 +33,10 @@ static constexpr Microkernels<T> make() {
       .scores = scores<T>,
       .rank_products = rank_products<T>,
       .rank_sums = rank_sums<T>,
+      .largest = largest<acc_t<T>>,
+      .threshold = threshold<acc_t<T>>,
+      .reaching = reaching<acc_t<T>>,
+      .transpose_rows = transpose_rows<acc_t<T>>,
 #if defined(__AVX512F__)
       .dot_step = DotOperand<T>::kStep,
       .dot_panel_rows = kDotTileN,

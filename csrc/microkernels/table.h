@@ -107,8 +107,20 @@ struct Microkernels {
   void (*scale)(const T* row, Acc weight, T* out, int64_t n);
   // sum_i a[i] * b[i]
   Acc (*inner_product)(const T* a, const T* b, int64_t n);
-  // scores of one row of logits: softmax (sigmoid == false) or sigmoid
-  void (*scores)(const T* logits, int64_t n, bool sigmoid, Acc* scores);
+  // The scores of one row of logits, softmax or sigmoid, and choice = scores + bias (may be null), -inf where the logit is
+  // -inf or the bias NaN. False, with nothing in them, for a row that cannot be routed: it holds NaN or +inf, or is all -inf.
+  bool (*scores)(const T* logits, int64_t n, bool sigmoid, const Acc* bias, Acc* scores, Acc* choice);
+  // Indices of the `count` largest values (no NaN), largest first, the lowest index first among equals; values at -inf are
+  // left out. Returns how many there were. best: scratch for `count`.
+  int64_t (*largest)(const Acc* values, int64_t n, int64_t count, int32_t* indices, Acc* best);
+  // A threshold that the `count` largest of n >= count > 0 values reach, each at least 0 or -inf; 0 where fewer are at least
+  // 0. Where others reach it too, they equal it: the first num_equal that do are among the `count` largest (n: all of them).
+  Acc (*threshold)(const Acc* values, int64_t n, int64_t count, int64_t* num_equal);
+  // Indices and values, times factor, of the values that reach their threshold, in order; returns how many. `out` may be
+  // `values`.
+  int64_t (*reaching)(const Acc* values, const Acc* thresholds, int64_t n, Acc factor, int32_t* indices, Acc* out);
+  // out[j][i] = rows[i][j] for j < n; rows and the vectors of out are `row_stride` and `out_stride` elements apart
+  void (*transpose_rows)(const Acc* rows, int64_t row_stride, int64_t num_rows, int64_t n, Acc* out, int64_t out_stride);
 
   // products[m][j] = sum_i x[m][i] * rows[j][i] over i in [0, n), for few rows j: neither operand is packed
   void (*rank_products)(const T* const* x, int64_t m, const T* const* rows, int64_t num_rows, int64_t n,

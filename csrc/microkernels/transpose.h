@@ -5,24 +5,12 @@
 
 namespace moe::MOE_ISA {
 
-template <class Acc>
-struct lane_index_of;
-template <>
-struct lane_index_of<float> {
-  typedef int32_t type __attribute__((vector_size(kVectorBytes)));
-};
-template <>
-struct lane_index_of<double> {
-  typedef int64_t type __attribute__((vector_size(kVectorBytes)));
-};
-
 // Units of kUnit lanes of a and b in turns: from the low halves, or the high halves, of 16-byte blocks; units that are
 // whole blocks from those of the vector. One instruction each (vunpcklps, vunpcklpd, vperm2f128 …).
 template <class Acc, int kUnit, bool kHigh>
 MOE_INLINE Vec<Acc> unpack(Vec<Acc> a, Vec<Acc> b) {
-  typedef typename lane_index_of<Acc>::type Index;
   constexpr int kN = kLanes<Acc>, kBlock = 16 / static_cast<int>(sizeof(Acc)), kSpan = kUnit < kBlock ? kBlock : kN;
-  Index index{};
+  VecIndex<Acc> index{};
   for (int i = 0; i < kN; ++i) {
     const int at = i % kSpan, unit = at / kUnit;
     index[i] = (unit % 2) * kN + i / kSpan * kSpan + kHigh * kSpan / 2 + unit / 2 * kUnit + at % kUnit;

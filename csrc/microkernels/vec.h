@@ -45,6 +45,26 @@ template <class Acc>
 using Vec = typename vector_of<Acc>::type;
 typedef uint32_t VecU32 __attribute__((vector_size(kVectorBytes)));
 
+// Integers of the lanes' width: what comparisons give (-1 or 0 a lane) and shuffles take.
+template <class Acc>
+struct index_of;
+template <>
+struct index_of<float> {
+  typedef int32_t type;
+};
+template <>
+struct index_of<double> {
+  typedef int64_t type;
+};
+template <class Acc>
+using Index = typename index_of<Acc>::type;
+template <class Acc>
+struct vector_index_of {
+  typedef Index<Acc> type __attribute__((vector_size(kVectorBytes)));
+};
+template <class Acc>
+using VecIndex = typename vector_index_of<Acc>::type;
+
 template <class Acc>
 MOE_INLINE Vec<Acc> load(const Acc* p) {
   Vec<Acc> v;
@@ -61,6 +81,39 @@ MOE_INLINE void store(Acc* p, Vec<Acc> v) {
 template <class Acc>
 MOE_INLINE Vec<Acc> broadcast(Acc x) {
   return x - Vec<Acc>{};
+}
+
+// Bit i: whether lane i of a comparison holds.
+template <class Acc>
+MOE_INLINE uint64_t lane_bits(VecIndex<Acc> holds) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Acc) == 4) return _mm512_movepi32_mask((__m512i)holds);
+  return _mm512_movepi64_mask((__m512i)holds);
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Acc) == 4) return static_cast<uint32_t>(_mm256_movemask_ps((__m256)holds));
+  return static_cast<uint32_t>(_mm256_movemask_pd((__m256d)holds));
+#elif defined(__x86_64__)
+  if constexpr (sizeof(Acc) == 4) return static_cast<uint32_t>(_mm_movemask_ps((__m128)holds));
+  return static_cast<uint32_t>(_mm_movemask_pd((__m128d)holds));
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < kLanes<Acc>; ++i) bits |= static_cast<uint64_t>(holds[i] & 1) << i;
+  return bits;
+#endif
+}
+
+template <class Acc>
+MOE_INLINE Vec<Acc> larger_of(Vec<Acc> a, Vec<Acc> b) {
+  return a > b ? a : b;  // b where a is NaN
+}
+
+template <class Acc>
+MOE_INLINE Acc reduce_largest(Vec<Acc> v) {
+  VecIndex<Acc> lane;
+  for (int i = 0; i < kLanes<Acc>; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int half = kLanes<Acc> / 2; half > 0; half /= 2) v = larger_of<Acc>(v, __builtin_shuffle(v, lane ^ half));
+  return v[0];
 }
 
 // --- scalar conversions (round to nearest even; NaN stays NaN) ---

@@ -3,7 +3,9 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <limits>
+#include <tuple>
 
 #include "common/dispatch.h"
 #include "common/parallel.h"
@@ -18,57 +20,50 @@ constexpr int64_t kTokensPerTask = 32;
 template <class Acc>
 constexpr Acc kNoChoice = -std::numeric_limits<Acc>::infinity();
 
-// Reads the logits of one token at a time, whatever their strides.
+// One token after another: its scores and what choosing goes by, whatever the strides of the logits.
 template <class T>
-class LogitRows {
- public:
-  LogitRows(const Tensor& logits, Scratch& scratch)
-      : logits_(data<T>(logits)), token_stride_(logits.stride(0)), expert_stride_(logits.stride(1)),
-        num_experts_(logits.size(1)), row_(scratch.take<T>(num_experts_)) {}
+class ScoredRows {
+  using Acc = acc_t<T>;
 
-  // Valid until the next call.
-  const T* operator()(int64_t token) {
+ public:
+  ScoredRows(const Tensor& logits, bool sigmoid, const Acc* bias, Scratch& scratch)
+      : logits_(data<T>(logits)), token_stride_(logits.stride(0)), expert_stride_(logits.stride(1)),
+        num_experts_(logits.size(1)), sigmoid_(sigmoid), bias_(bias), row_(scratch.take<T>(num_experts_)),
+        scores_(scratch.take<Acc>(num_experts_)), choice_(scratch.take<Acc>(num_experts_)) {}
+
+  // Whether the token can be routed; scores() and choice() are then its own, until the next call.
+  bool read(int64_t token) {
     const T* row = logits_ + token * token_stride_;
-    if (expert_stride_ == 1) return row;
-    for (int64_t e = 0; e < num_experts_; ++e) row_[e] = row[e * expert_stride_];
-    return row_;
+    if (expert_stride_ != 1) {
+      for (int64_t e = 0; e < num_experts_; ++e) row_[e] = row[e * expert_stride_];
+      row = row_;
+    }
+    return microkernels<T>().scores(row, num_experts_, sigmoid_, bias_, scores_, choice_);
   }
+  const Acc* scores() const { return scores_; }
+  Acc* choice() { return choice_; }  // scores + bias, -inf where an expert is out
 
  private:
   const T* logits_;
   int64_t token_stride_, expert_stride_, num_experts_;
+  bool sigmoid_;
+  const Acc* bias_;
   T* row_;
+  Acc *scores_, *choice_;
 };
 
-// Whether a row can be routed at all: some logit above -inf, and neither NaN nor +inf.
-template <class Acc>
-bool routable(const Acc* logits, int64_t num_experts) {
-  bool any = false;
-  for (int64_t e = 0; e < num_experts; ++e) {
-    if (!(logits[e] < std::numeric_limits<Acc>::infinity())) return false;
-    any |= logits[e] > kNoChoice<Acc>;
-  }
-  return any;
-}
-
-// Indices of the `count` largest values, largest first, lowest index first among equals; values at -inf are left out.
-// Returns how many there were. One pass keeps a sorted list of the best: most values fail its first comparison.
-template <class Acc>
-int64_t largest(const Acc* values, int64_t n, int64_t count, int32_t* indices, Acc* best) {
-  int64_t found = 0;
-  if (count == 0) return 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const Acc value = values[i];
-    if (!(value > kNoChoice<Acc>) || (found == count && !(value > best[count - 1]))) continue;
-    int64_t at = found < count ? found++ : count - 1;
-    for (; at > 0 && best[at - 1] < value; --at) {
-      best[at] = best[at - 1];
-      indices[at] = indices[at - 1];
-    }
-    best[at] = value;
-    indices[at] = static_cast<int32_t>(i);
-  }
-  return found;
+// The results of choosing, ids and weights [num_tokens, num_picks], filled by choose.template operator()<T>(ids, weights).
+template <class F>
+std::tuple<Tensor, Tensor> with_picks(const char* op, const Tensor& logits, int64_t num_picks, const F& choose) {
+  const int64_t num_tokens = logits.size(0);
+  const bool is_double = logits.scalar_type() == ScalarType::Double;
+  Tensor topk_ids = torch::stable::new_empty(logits, {num_tokens, num_picks}, ScalarType::Int);
+  Tensor topk_weights =
+      torch::stable::new_empty(logits, {num_tokens, num_picks}, is_double ? ScalarType::Double : ScalarType::Float);
+  dispatch_float(op, logits.scalar_type(), [&]<class T>() {
+    choose.template operator()<T>(mutable_data<int32_t>(topk_ids), mutable_data<acc_t<T>>(topk_weights));
+  });
+  return {topk_ids, topk_weights};
 }
 
 // Turns the scores of one token's picks into its weights: ids outside [0, num_experts) weigh nothing.
@@ -86,10 +81,8 @@ void weigh(const Acc* scores, int64_t num_experts, const int32_t* ids, int64_t n
 // Marks the slots from `found` on as empty.
 template <class Acc>
 void leave_empty(int64_t found, int64_t num_picks, int32_t* ids, Acc* weights) {
-  for (int64_t k = found; k < num_picks; ++k) {
-    ids[k] = -1;
-    weights[k] = 0;
-  }
+  std::fill(ids + found, ids + num_picks, -1);
+  std::fill(weights + found, weights + num_picks, Acc{0});
 }
 
 }  // namespace moe

@@ -2,8 +2,6 @@
 // written.
 #include <torch/csrc/stable/library.h>
 
-#include <tuple>
-
 #include "microkernels/convert.h"
 #include "ops/route/route.h"
 
@@ -30,7 +28,7 @@ void keep_best_groups(Acc* choice, int64_t num_experts, int64_t num_groups, int6
     const bool forced = first == std::numeric_limits<Acc>::infinity();
     group_scores[group] = top2_sum && size > 1 && !forced ? first + second : first;
   }
-  int64_t kept = largest(group_scores, num_groups, topk_groups, groups, best);
+  int64_t kept = microkernels<Acc>().largest(group_scores, num_groups, topk_groups, groups, best);
   // groups at -inf (fewer than two experts left for top2_sum) fill up, lowest first
   for (int64_t group = 0; group < num_groups && kept < topk_groups; ++group)
     if (!(group_scores[group] > kNone)) groups[kept++] = static_cast<int32_t>(group);
@@ -51,46 +49,32 @@ std::tuple<Tensor, Tensor> route_cpu(const Tensor& logits, const std::optional<T
   MOE_CHECK(num_groups >= 1 && num_experts % num_groups == 0 && topk_groups >= 1 && topk_groups <= num_groups,
             "route: num_groups must divide num_experts and topk_groups be in [1, num_groups]");
   MOE_CHECK(!expert_bias || expert_bias->numel() == num_experts, "route: expert_bias must be of shape [num_experts]");
-  const bool is_double = logits.scalar_type() == ScalarType::Double;
-  Tensor topk_ids = torch::stable::new_empty(logits, {num_tokens, top_k}, ScalarType::Int);
-  Tensor topk_weights =
-      torch::stable::new_empty(logits, {num_tokens, top_k}, is_double ? ScalarType::Double : ScalarType::Float);
-  dispatch_float("route", logits.scalar_type(), [&]<class T>() {
+  return with_picks("route", logits, top_k, [&]<class T>(int32_t* ids, acc_t<T>* weights) {
     using Acc = acc_t<T>;
     Scratch scratch;
     Acc* bias = nullptr;
     if (expert_bias) read_floats(*expert_bias, bias = scratch.take<Acc>(num_experts));
-    int32_t* ids = mutable_data<int32_t>(topk_ids);
-    Acc* weights = mutable_data<Acc>(topk_weights);
     parallel_ranges(num_tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
       Scratch task_scratch;
-      LogitRows<T> rows(logits, task_scratch);
-      Acc* values = task_scratch.take<Acc>(num_experts);
-      Acc* scores = task_scratch.take<Acc>(num_experts);
+      ScoredRows<T> rows(logits, score == 1, bias, task_scratch);
       Acc* group_scores = task_scratch.take<Acc>(num_groups);
       int32_t* groups = task_scratch.take<int32_t>(num_groups);
       Acc* best = task_scratch.take<Acc>(std::max(top_k, topk_groups));
       for (int64_t t = begin; t < end; ++t) {
-        const T* row = rows(t);
-        microkernels<T>().load_row(row, values, num_experts);
         int32_t* row_ids = ids + t * top_k;
         int64_t found = 0;
-        if (routable(values, num_experts)) {
-          microkernels<T>().scores(row, num_experts, score == 1, scores);
-          for (int64_t e = 0; e < num_experts; ++e)  // values becomes the choice
-            values[e] = values[e] > kNoChoice<Acc> && !(bias != nullptr && bias[e] != bias[e])
-                            ? scores[e] + (bias == nullptr ? Acc{0} : bias[e])
-                            : kNoChoice<Acc>;
+        if (rows.read(t)) {
           if (topk_groups < num_groups)
-            keep_best_groups(values, num_experts, num_groups, topk_groups, group_score == 1, group_scores, groups, best);
-          found = largest(values, num_experts, top_k, row_ids, best);
+            keep_best_groups(rows.choice(), num_experts, num_groups, topk_groups, group_score == 1, group_scores, groups,
+                             best);
+          found = microkernels<T>().largest(rows.choice(), num_experts, top_k, row_ids, best);
         }
-        weigh(scores, num_experts - num_null_experts, row_ids, found, renormalize, scaling_factor, weights + t * top_k);
+        weigh(rows.scores(), num_experts - num_null_experts, row_ids, found, renormalize, scaling_factor,
+              weights + t * top_k);
         leave_empty(found, top_k, row_ids, weights + t * top_k);
       }
     });
   });
-  return {topk_ids, topk_weights};
 }
 
 // Weights of experts that something else chose.
@@ -109,15 +93,10 @@ Tensor route_weights_cpu(const Tensor& logits, const Tensor& topk_ids_in, int64_
     Acc* weights = mutable_data<Acc>(topk_weights);
     parallel_ranges(num_tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
       Scratch scratch;
-      LogitRows<T> rows(logits, scratch);
-      Acc* values = scratch.take<Acc>(num_experts);
-      Acc* scores = scratch.take<Acc>(num_experts);
+      ScoredRows<T> rows(logits, score == 1, nullptr, scratch);
       for (int64_t t = begin; t < end; ++t) {
-        const T* row = rows(t);
-        microkernels<T>().load_row(row, values, num_experts);
-        const bool usable = routable(values, num_experts);
-        if (usable) microkernels<T>().scores(row, num_experts, score == 1, scores);
-        weigh(scores, usable ? num_experts : 0, ids + t * top_k, top_k, renormalize, scaling_factor, weights + t * top_k);
+        const bool usable = rows.read(t);
+        weigh(rows.scores(), usable ? num_experts : 0, ids + t * top_k, top_k, renormalize, scaling_factor, weights + t * top_k);
       }
     });
   });
@@ -144,20 +123,17 @@ Tensor route_backward_cpu(const Tensor& grad_weights_in, const Tensor& logits, c
     T* out = mutable_data<T>(grad_logits);
     parallel_ranges(num_tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
       Scratch scratch;
-      LogitRows<T> rows(logits, scratch);
-      Acc* scores = scratch.take<Acc>(num_experts);
+      ScoredRows<T> rows(logits, score == 1, nullptr, scratch);
+      const Acc* scores = rows.scores();
       Acc* grad_scores = scratch.take<Acc>(num_experts);
       for (int64_t t = begin; t < end; ++t) {
         const int32_t* row_ids = ids + t * top_k;
         const Acc* row_grad = grad + t * top_k;
-        const T* row = rows(t);
-        microkernels<T>().load_row(row, scores, num_experts);
         bool weighed = false;
         for (int64_t k = 0; k < top_k; ++k) weighed |= row_ids[k] >= 0 && row_ids[k] < num_weighed;
-        weighed = weighed && routable(scores, num_experts);
+        weighed = weighed && rows.read(t);
         for (int64_t e = 0; e < num_experts; ++e) grad_scores[e] = 0;
         if (weighed) {
-          microkernels<T>().scores(row, num_experts, score == 1, scores);
           Acc sum = 0, inner_weights = 0;
           for (int64_t k = 0; k < top_k; ++k) {
             if (row_ids[k] < 0 || row_ids[k] >= num_weighed) continue;

@@ -1,8 +1,6 @@
 // Expert choice on the CPU: scores of all tokens, then each expert picks its tokens, then each token collects its experts.
 #include <torch/csrc/stable/library.h>
 
-#include <tuple>
-
 #include "ops/route/route.h"
 
 namespace moe {
@@ -13,57 +11,49 @@ std::tuple<Tensor, Tensor> route_expert_choice_cpu(const Tensor& logits, int64_t
   MOE_CHECK(capacity >= 0, "route_expert_choice: capacity must be at least 0, got ", capacity);
   const int64_t num_tokens = logits.size(0), num_experts = logits.size(1);
   MOE_CHECK(num_tokens < (int64_t{1} << 31), "route_expert_choice: num_tokens must be below 2**31, got ", num_tokens);
-  const bool is_double = logits.scalar_type() == ScalarType::Double;
-  Tensor topk_ids = torch::stable::new_empty(logits, {num_tokens, num_experts}, ScalarType::Int);
-  Tensor topk_weights =
-      torch::stable::new_empty(logits, {num_tokens, num_experts}, is_double ? ScalarType::Double : ScalarType::Float);
-  dispatch_float("route_expert_choice", logits.scalar_type(), [&]<class T>() {
+  return with_picks("route_expert_choice", logits, num_experts, [&]<class T>(int32_t* ids, acc_t<T>* weights) {
     using Acc = acc_t<T>;
-    int32_t* ids = mutable_data<int32_t>(topk_ids);
-    Acc* weights = mutable_data<Acc>(topk_weights);
     Scratch scratch;
-    Acc* by_expert = scratch.take<Acc>(num_experts * num_tokens);  // [num_experts, num_tokens]: an expert reads its row
+    // the scores of an expert side by side; the rows apart by no power of two, which would put them into the same cache sets
+    const int64_t expert_stride = (num_tokens + 31) / 16 * 16 + 16;
+    Acc* by_expert = scratch.take<Acc>(num_experts * expert_stride);
+    Acc* thresholds = scratch.take<Acc>(num_experts);
+    // weights hold the scores until the experts have chosen
     parallel_ranges(num_tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
       Scratch task_scratch;
-      LogitRows<T> rows(logits, task_scratch);
-      Acc* values = task_scratch.take<Acc>(num_experts);
-      Acc* scores = task_scratch.take<Acc>(num_experts);
+      ScoredRows<T> rows(logits, false, nullptr, task_scratch);
       for (int64_t t = begin; t < end; ++t) {
-        const T* row = rows(t);
-        microkernels<T>().load_row(row, values, num_experts);
-        const bool usable = routable(values, num_experts);
-        if (usable) microkernels<T>().scores(row, num_experts, false, scores);
-        for (int64_t e = 0; e < num_experts; ++e)
-          by_expert[e * num_tokens + t] = usable && values[e] > kNoChoice<Acc> ? scores[e] : kNoChoice<Acc>;
+        Acc* row = weights + t * num_experts;
+        if (rows.read(t))
+          std::copy_n(rows.choice(), num_experts, row);
+        else
+          std::fill_n(row, num_experts, kNoChoice<Acc>);
       }
+      microkernels<T>().transpose_rows(weights + begin * num_experts, num_experts, end - begin, num_experts,
+                                       by_expert + begin, expert_stride);
     });
-    // what an expert does not take becomes -inf
-    parallel_ranges(capacity < num_tokens ? num_experts : 0, 1, [&](int64_t e, int64_t) {
-      Scratch task_scratch;
-      Acc* scores = by_expert + e * num_tokens;
-      int32_t* order = task_scratch.take<int32_t>(num_tokens);
-      for (int64_t t = 0; t < num_tokens; ++t) order[t] = static_cast<int32_t>(t);
-      std::nth_element(order, order + capacity, order + num_tokens, [scores](int32_t a, int32_t b) {
-        return scores[a] > scores[b] || (scores[a] == scores[b] && a < b);
-      });
-      for (int64_t i = capacity; i < num_tokens; ++i) scores[order[i]] = kNoChoice<Acc>;
+    parallel_ranges(num_experts, 1, [&](int64_t e, int64_t) {
+      const Acc* scores = by_expert + e * expert_stride;
+      if (capacity == 0 || num_tokens == 0) {
+        thresholds[e] = std::numeric_limits<Acc>::infinity();
+        return;
+      }
+      int64_t num_equal;
+      thresholds[e] = microkernels<T>().threshold(scores, num_tokens, std::min(capacity, num_tokens), &num_equal);
+      if (num_equal == num_tokens) return;
+      for (int64_t t = 0; t < num_tokens; ++t)  // the last of equal tokens do not fit
+        if (scores[t] == thresholds[e] && --num_equal < 0) weights[t * num_experts + e] = kNoChoice<Acc>;
     });
     parallel_ranges(num_tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         int32_t* row_ids = ids + t * num_experts;
-        Acc* row_weights = weights + t * num_experts;
-        int64_t found = 0;
-        for (int64_t e = 0; e < num_experts; ++e) {
-          const Acc score = by_expert[e * num_tokens + t];
-          if (!(score > kNoChoice<Acc>)) continue;
-          row_ids[found] = static_cast<int32_t>(e);
-          row_weights[found++] = score * static_cast<Acc>(scaling_factor);
-        }
-        leave_empty(found, num_experts, row_ids, row_weights);
+        Acc* row = weights + t * num_experts;
+        const int64_t found = microkernels<T>().reaching(row, thresholds, num_experts, static_cast<Acc>(scaling_factor),
+                                                         row_ids, row);
+        leave_empty(found, num_experts, row_ids, row);
       }
     });
   });
-  return {topk_ids, topk_weights};
 }
 
 }  // namespace

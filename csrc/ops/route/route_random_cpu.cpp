@@ -47,7 +47,7 @@ Tensor route_random_cpu(const Tensor& token_ids_in, int64_t num_experts, int64_t
                    key0, key1);
         for (int64_t i = 0; i < 4 && first + i < num_experts; ++i) draws[first + i] = block[i];
       }
-      largest(draws, num_experts, top_k, ids + t * top_k, best);
+      microkernels<double>().largest(draws, num_experts, top_k, ids + t * top_k, best);
     }
   });
   return topk_ids;
