@@ -16,8 +16,8 @@ constexpr int kProductTileM = kRegisters == 32 ? 4 : 3;
 constexpr int kProductTileN = 4;
 constexpr int kProductAlone = 8;  // rows that one row of x takes at once: 4 chains would wait for each other
 // Elements whose products are added before they join the total: rows of x stay in L1 between tiles, and the rounding
-// error grows with the number of chunks instead of that of elements.
-constexpr int64_t kProductChunk = 1024;
+// error grows with the number of chunks instead of that of elements. A lane sums 128 of them in any kernel set (float).
+constexpr int64_t kProductChunk = 128 * kLanes<float>;
 
 // The products over one chunk; they replace or join what is there.
 template <class T, int kM, int kN>
