@@ -3,6 +3,7 @@
 OPS = (
     "expert_ffn",
     "expert_ffn_train",
+    "quantized_ffn",
     "route",
     "route_methods",
     "permute",

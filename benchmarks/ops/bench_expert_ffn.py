@@ -2,6 +2,7 @@
 
 import gc
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ SUMMARY = "expert FFN forward, every provider"
 DEFAULTS = dict(shapes=["A", "B", "C"], dtypes=["bf16", "fp32"], tokens=[1, 4, 16, 64, 512, 2048])
 PROVIDER_NAMES = [READ_PROBE, *PROVIDERS]
 
+#: [1, out, in] of an expert in a dtype
+ExpertWeights = Callable[[int, torch.dtype], Tensor]
 #: rows of the output that are compared; each row of a result stands alone
 _CHECKED_ROWS = 32
 #: left free beside the providers' private copies, for activations
@@ -25,10 +28,15 @@ _SPARE_BYTES = 2 << 30
 class Oracle:
     """The package's reference in float64 and in the layer's own dtype, on some rows of a batch.
 
-    Expert by expert: all weights in float64 would be four times their size in bfloat16.
+    Expert by expert: all weights in float64 would be four times their size in bfloat16. ``weights`` are two
+    functions of (expert, dtype) for what the kernel reads instead of the layer's weights.
     """
 
-    def __init__(self, layer: Layer, batch: Batch):
+    def __init__(self, layer: Layer, batch: Batch, weights: Sequence[ExpertWeights] = ()):
+        self.weights = weights or [
+            lambda expert, dtype, stack=stack: stack[expert : expert + 1].to(dtype)
+            for stack in (layer.gate_up_proj, layer.down_proj)
+        ]
         num_tokens = batch.hidden_states.shape[0]
         step = max(1, math.ceil(num_tokens / _CHECKED_ROWS))
         self.rows = torch.arange(0, num_tokens, step)
@@ -41,8 +49,7 @@ class Oracle:
         out = torch.zeros_like(hidden_states)
         for expert in topk_ids.unique().tolist():
             only = torch.where(topk_ids == expert, 0, -1)
-            one = slice(expert, expert + 1)
-            weights = layer.gate_up_proj[one].to(dtype), layer.down_proj[one].to(dtype)
+            weights = [of_expert(expert, dtype) for of_expert in self.weights]
             out += expert_ffn(hidden_states, only, topk_weights, *weights, backend="reference")
         return out
 
