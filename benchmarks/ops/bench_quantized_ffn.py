@@ -58,7 +58,7 @@ def cells(context: Context) -> Cells:
             for provider in PROVIDERS:
                 if not context.wants(provider.name):
                     continue
-                reason = provider.missing() or no_memory(provider, layer)
+                reason = provider.missing() or provider.unsuited(layer) or no_memory(provider, layer)
                 if reason is not None:
                     skipped[provider.name] = reason
                 elif isinstance(provider, OursQuantized):

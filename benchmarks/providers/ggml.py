@@ -151,6 +151,10 @@ class Ggml(Provider):
             return "GGML_LIB_DIR does not name a folder with libggml-base.so and libggml-cpu.so"
         return None
 
+    def unsuited(self, layer: Layer, num_tokens: int | None = None) -> str | None:
+        sizes = layer.shape.hidden_size, layer.shape.intermediate_size
+        return f"blocks of 32 do not divide {sizes}" if any(size % 32 for size in sizes) else None
+
     def prepare(self, layer: Layer) -> Run:
         library = _library()
         gate_up = _Experts(layer.gate_up_proj.detach(), self.format, self.repacked)

@@ -16,6 +16,11 @@ class OursQuantized(Ours):
         self.options = {"format": format, "group_size": group_size}
         self.copies = 0.5 if format in ("int8", "fp8") else 0.28
 
+    def unsuited(self, layer: Layer, num_tokens: int | None = None) -> str | None:
+        group_size = self.options["group_size"] or {"int4": 32, "mxfp4": 32}.get(self.options["format"], 1)
+        sizes = layer.shape.hidden_size, layer.shape.intermediate_size
+        return f"groups of {group_size} do not divide {sizes}" if any(size % group_size for size in sizes) else None
+
     def weights(self, layer: Layer) -> tuple[QuantizedWeights, QuantizedWeights]:
         gate_up = quantize(layer.gate_up_proj.detach(), num_splits=2, **self.options)
         return gate_up, quantize(layer.down_proj.detach(), **self.options)

@@ -25,7 +25,7 @@ std::vector<std::string> runnable_isas() {
   if (avx512) isas.push_back("avx512");
 #endif
 #ifdef MOE_HAS_avx512_bf16
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) isas.push_back("avx512_bf16");
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni")) isas.push_back("avx512_bf16");
 #endif
 #endif
   return isas;

@@ -102,6 +102,22 @@ inline __m512 permute2(__m512 a, __m512i index, __m512 b) {
   const Lanes<uint32_t, __m512i> at(index);
   return make<__m512, float>([&](int i) { return (at.lane[i] & 16 ? y : x).lane[at.lane[i] & 15]; });
 }
+inline __m512i madd(__m512i a, __m512i b) {
+  const Lanes<int16_t, __m512i> x(a), y(b);
+  return make<__m512i, int32_t>([&](int i) {
+    return x.lane[2 * i] * y.lane[2 * i] + x.lane[2 * i + 1] * y.lane[2 * i + 1];
+  });
+}
+inline __m512i look_up_bytes(__m512i table, __m512i indices) {
+  const Lanes<uint8_t, __m512i> x(table), at(indices);
+  return make<__m512i, uint8_t>([&](int i) {
+    return at.lane[i] & 0x80 ? uint8_t{0} : x.lane[i / 16 * 16 + (at.lane[i] & 15)];
+  });
+}
+inline __m512i four_times(__m128i v) {
+  const __m128i all[] = {v, v, v, v};
+  return loadu(all);
+}
 template <class Half, class V>
 inline Half half(V v, int index) {
   Half h;
@@ -134,6 +150,7 @@ inline __m256bh cvtneps(__m512 v) {
 
 #undef _mm512_setr_epi32  // a macro in the compiler's header
 #define _mm512_add_ps(a, b) ((__m512)((a) + (b)))
+#define _mm512_broadcast_i32x4(v) moe::emulated::four_times(v)
 #define _mm512_castps512_ps256(v) moe::emulated::half<__m256>(v, 0)
 #define _mm512_extractf32x8_ps(v, index) moe::emulated::half<__m256>(v, index)
 #define _mm512_cvtepu16_epi32(v) moe::emulated::widen_u16(v)
@@ -142,6 +159,7 @@ inline __m256bh cvtneps(__m512 v) {
 #define _mm512_cvtps_ph(v, rounding) moe::emulated::to_fp16(v)
 #define _mm512_dpbf16_ps(sum, a, b) moe::emulated::dpbf16(sum, a, b)
 #define _mm512_loadu_si512(p) moe::emulated::loadu(p)
+#define _mm512_madd_epi16(a, b) moe::emulated::madd(a, b)
 #define _mm512_maskz_loadu_epi16(mask, p) moe::emulated::maskz_loadu_16(mask, p)
 #define _mm512_movepi32_mask(v) moe::emulated::sign_bits<int32_t>(v)
 #define _mm512_movepi64_mask(v) moe::emulated::sign_bits<int64_t>(v)
@@ -150,6 +168,7 @@ inline __m256bh cvtneps(__m512 v) {
 #define _mm512_set1_epi32(x) (__m512i)((__v16si{} + (x)))
 #define _mm512_setr_epi32(...) moe::emulated::setr(__VA_ARGS__)
 #define _mm512_setzero_si512() (__m512i{})
+#define _mm512_shuffle_epi8(table, indices) moe::emulated::look_up_bytes(table, indices)
 #define _mm512_slli_epi32(v, bits) ((__m512i)((__v16su)(v) << (bits)))
 #define _mm512_storeu_si512(p, v) moe::emulated::storeu(p, v)
 #define _mm512_stream_si512(p, v) moe::emulated::storeu(p, v)

@@ -2,7 +2,9 @@
 //
 // Of an expert [out, in], kQuantizedPanel rows (columns of the product) make a panel, read from its first byte to its
 // last: for each group of steps along `in`, the rows' scales, then words of 32 bits, the rows side by side. A word holds
-// the next 4 or 8 codes of one row, the first in its lowest bits. What a matrix does not fill is zero.
+// the next 4 or 8 codes of one row: in its low half the even steps', in its high half the odd steps', each from the lowest
+// bits up. So what a multiply-add of 16-bit pairs takes are two steps that follow each other. What a matrix does not fill
+// is zero.
 // python/moe_kernels/ops/quantize/quantized.py writes it and defines the header.
 #pragma once
 

@@ -106,6 +106,30 @@ struct Fetch {
 };
 constexpr int64_t kFetchSteps = 16;  // packed steps between fetches
 
+// Fetches so many lines at a time that the last of `times` fetches the last.
+struct FetchCursor {
+  uintptr_t run;
+  int64_t run_lines, run_stride, line, lines_left, lines_at_once;
+
+  __attribute__((always_inline)) FetchCursor(const Fetch& fetch, int64_t times)
+      : run(fetch.begin + static_cast<uintptr_t>(fetch.first / fetch.run_lines * fetch.run_stride)),
+        run_lines(fetch.run_lines),
+        run_stride(fetch.run_stride),
+        line(fetch.first % fetch.run_lines),
+        lines_left(fetch.end - fetch.first),
+        lines_at_once(ceil_div(lines_left, times)) {}
+
+  __attribute__((always_inline)) void fetch_share() {
+    for (int64_t i = 0; i < lines_at_once && lines_left > 0; ++i, --lines_left) {
+      __builtin_prefetch(reinterpret_cast<const void*>(run + static_cast<uintptr_t>(line * kCacheLine)), 0, 2);
+      if (++line == run_lines) {
+        line = 0;
+        run += static_cast<uintptr_t>(run_stride);
+      }
+    }
+  }
+};
+
 // Where the sums of a tile are added up over chunks, and where they go after the last.
 template <class T>
 struct TileResult {
@@ -129,22 +153,14 @@ struct TileResult {
 // B is the packed type, or T itself where panels lie packed in memory in another precision.
 template <class T, int kTileM, class B>
 static void outer_tile(const typename OuterOperand<T>::Packed* a, int64_t a_row_stride, int64_t a_step_stride, const B* b,
-                       int64_t steps, const TileResult<T>& result, Fetch fetch) {
+                       int64_t steps, const TileResult<T>& result, const Fetch& fetch) {
   using Operand = OuterOperand<T>;
   using Acc = acc_t<T>;
   constexpr int kN = kLanes<Acc>;
   Vec<Acc> sum[kTileM][kOuterVectors] = {};
-  const int64_t lines_at_once = ceil_div(fetch.end - fetch.first, ceil_div(steps, kFetchSteps));
-  uintptr_t run = fetch.begin + static_cast<uintptr_t>(fetch.first / fetch.run_lines * fetch.run_stride);
-  int64_t line = fetch.first % fetch.run_lines, lines_left = fetch.end - fetch.first;
+  FetchCursor cursor(fetch, ceil_div(steps, kFetchSteps));
   for (int64_t step = 0; step < steps;) {
-    for (int64_t i = 0; i < lines_at_once && lines_left > 0; ++i, --lines_left) {
-      __builtin_prefetch(reinterpret_cast<const void*>(run + static_cast<uintptr_t>(line * kCacheLine)), 0, 2);
-      if (++line == fetch.run_lines) {
-        line = 0;
-        run += static_cast<uintptr_t>(fetch.run_stride);
-      }
-    }
+    cursor.fetch_share();
     const int64_t end = step + kFetchSteps < steps ? step + kFetchSteps : steps;
     for (; step < end; ++step, a += a_step_stride, b += kPanel<T>) {
       typename Operand::Reg w[kOuterVectors];

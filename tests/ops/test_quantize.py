@@ -254,11 +254,38 @@ def test_expert_ffn(backend, dtype, format, group_size, layout):
 
 
 @pytest.mark.skipif(_host.chosen_isa().startswith("avx512"), reason="AVX-512 sums plain weights in another order")
-@pytest.mark.parametrize(("format", "group_size"), FORMATS)
-def test_same_bits_as_the_dequantised_weights(backend, format, group_size):
-    quantized = quantize(weights_of(len(COUNTS), 70, 640), format, group_size=group_size)
+def test_fp8_gives_the_bits_of_the_dequantised_weights(backend):
+    quantized = quantize(weights_of(len(COUNTS), 70, 640), "fp8")
     rows, offsets = torch.randn(sum(COUNTS), 640), offsets_of(COUNTS)
     assert torch.equal(grouped_gemm(rows, quantized, offsets), grouped_gemm(rows, quantized.dequantize(), offsets))
+
+
+def test_activations_keep_their_precision_beside_large_ones(backend):
+    """Fixed point is relative to a block's largest value: what it rounds away is small beside the result's ulp."""
+    quantized = quantize(torch.ones(1, 3, 64), "int8", group_size=32)
+    rows = torch.zeros(1, 64)
+    rows[0, 0], rows[0, 1], rows[0, 32], rows[0, 33] = 2.0**20, 2.0**-5, 1e30, 1e-30
+    expected = (rows.double() @ quantized.dequantize(torch.float64)[0].T).float()
+    assert torch.equal(grouped_gemm(rows, quantized, offsets_of([1])), expected)
+    tiny = torch.full((1, 64), 1e-38)
+    tiny[0, 32:] = 3.4e38
+    tiny[0, 33::2] = -3.4e38
+    assert torch.equal(grouped_gemm(tiny, quantized, offsets_of([1])).sign(), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8", "mxfp4"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", LOW_DTYPES)
+def test_rows_that_are_not_finite_stay_alone(backend, dtype, format, value):
+    quantized = quantize(weights_of(1, 40, 256) + 0.1, format)
+    rows = torch.randn(9, 256).to(dtype)
+    clean = grouped_gemm(rows, quantized, offsets_of([9]))
+    rows[2, 77] = value
+    for some in (slice(0, 3), slice(0, 9)):
+        out = grouped_gemm(rows[some], quantized, offsets_of([some.stop]))
+        assert not out[2].isfinite().any()
+        keep = [row for row in range(some.stop) if row != 2]
+        assert torch.equal(out[keep], clean[keep])
 
 
 # intermediate sizes that fill no panel: gate and up are padded each

@@ -26,8 +26,10 @@ def quantize(
     """Rounds expert weights to a format of 8 or 4 bits, for ops that read them so.
 
     ``W[o, i] = value of codes[o, i] * scales[o, i // group_size]``; :mod:`.reference` says how both are chosen. An op
-    that is given the result computes ``x @ W.T`` with ``value * scale`` rounded to float32 once and sums in float32:
-    activations keep their dtype and are not quantised.
+    that is given the result computes ``x @ W.T``. The CPU kernels of int8, int4 and mxfp4 sum integers: in blocks of 32
+    inputs a row of ``x`` becomes integers of 16 bits (bfloat16, float16) or 29 (float32) times a power of two, which
+    rounds away less than 2^-15 (2^-29) of the block's largest; the sum is exact, then rounded to float32 and scaled. A
+    block with NaN or infinity gives NaN. In fp8 ``value * scale`` is rounded to float32 once and sums are in float32.
 
     Args:
         expert_weights: [num_experts, out, in] with at least one expert, float32, bfloat16, float16 or float64, any

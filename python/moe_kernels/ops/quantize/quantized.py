@@ -25,7 +25,8 @@ class QuantizedWeights:
         header   8 int64: magic, version (1), format, group_size, num_splits, interleaved, out, in
         panels   for each split (gate, up), for each 32 rows of it, for each group of ``group_size`` inputs:
                  32 scales (float32 beside codes of 8 bits, bfloat16 beside those of 4), then words of 32 bits, one for
-                 each row in turn; a word holds the next 4 or 8 codes of its row, the first in its lowest bits
+                 each row in turn; a word holds the next 4 or 8 codes of its row, in its low half the first, third, …,
+                 in its high half the others, each from the lowest bits up
 
     and zero where a matrix does not fill a panel or a word. Rows beyond the last input count for nothing.
 
@@ -98,6 +99,9 @@ class QuantizedWeights:
         packed = packed.permute(0, 1, 3, 2, 4).reshape(self.num_splits, panels * _PANEL, words * 4)[:, :rows]
         if reference.code_bits(self.format) == 4:
             packed = torch.stack((packed & 15, packed >> 4), 3).flatten(2)
+        # a word's low half holds its even codes
+        half = 16 // reference.code_bits(self.format)
+        packed = packed.unflatten(2, (words, 2, half)).transpose(3, 4).flatten(2)
         codes = self._restore_order(packed[:, :, :in_features])
         return codes, self._restore_order(scales.view(self.num_splits, panels * _PANEL, -1)[:, :rows])
 
@@ -134,11 +138,11 @@ def pack(
         padded[:, :rows, : split.shape[2]] = split
         return padded.view(num_splits, panels, _PANEL, width)
 
+    half = 16 // reference.code_bits(format)
+    # a word's low half holds its even codes
+    packed = in_panels(codes, 2 * half * words).unflatten(3, (words, half, 2)).transpose(4, 5).flatten(3)
     if reference.code_bits(format) == 4:
-        pairs = in_panels(codes, 8 * words)
-        packed = pairs[..., 0::2] | pairs[..., 1::2] << 4
-    else:
-        packed = in_panels(codes, 4 * words)
+        packed = packed[..., 0::2] | packed[..., 1::2] << 4
     packed = packed.view(num_splits, panels, _PANEL, words, 4).transpose(2, 3).reshape(num_splits, panels, -1)
     scales = in_panels(scales, len(spans)).to(_scale_dtype(format))
     header = [_MAGIC, _VERSION, FORMATS.index(format), group_size, num_splits, int(interleaved), out, in_features]
