@@ -24,11 +24,12 @@ ALLOWED = {
     "api": {"_checks", "_dispatch", "activation", "autograd", "native", "reference"},
 }
 #: files of a room beyond the six, each of them data that other rooms may read
-DATA_FILES = {"plan", "prepacked", "quantized"}
+DATA_FILES = {"plan", "prepacked", "quantized", "token_filter"}
 #: rooms in plain PyTorch: their results are what other rooms' kernels read, and no gradient flows through them
 WITHOUT_KERNELS = {"quantize"}
 #: files of a room that hold more of its public functions: they may import what api may, and api
 PUBLIC_FILES = {
+    "logit_fusion": {"presets"},
     "route": {"capacity", "expert_choice", "forced", "logits", "losses", "random", "top_p", "two_level"},
     "routed_lora": {"serving"},
 }

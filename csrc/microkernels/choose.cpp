@@ -1,13 +1,15 @@
 // Chooses the microkernels of one instruction set, once a process.
 #include "common/cpu_isa.h"
 
+#include "microkernels/logit_table.h"
 #include "microkernels/table.h"
 
 namespace moe {
 
-#define MOE_DECLARE(isa)                \
-  namespace isa {                       \
-  extern const MicrokernelTable table;  \
+#define MOE_DECLARE(isa)                       \
+  namespace isa {                              \
+  extern const MicrokernelTable table;         \
+  extern const LogitKernelTable logit_table;   \
   }
 MOE_DECLARE(portable)
 #ifdef MOE_HAS_avx512_bf16
@@ -19,21 +21,29 @@ MOE_DECLARE(avx512_bf16)
 
 namespace {
 
-const MicrokernelTable& choose() {
+struct Tables {
+  const MicrokernelTable& experts;
+  const LogitKernelTable& logits;
+};
+
+Tables choose() {
   const std::string isa = chosen_isa();
 #ifdef MOE_HAS_avx512_bf16
-  if (isa == "avx2") return avx2::table;
-  if (isa == "avx512") return avx512::table;
-  if (isa == "avx512_bf16") return avx512_bf16::table;
+  if (isa == "avx2") return {avx2::table, avx2::logit_table};
+  if (isa == "avx512") return {avx512::table, avx512::logit_table};
+  if (isa == "avx512_bf16") return {avx512_bf16::table, avx512_bf16::logit_table};
 #endif
-  return portable::table;
+  return {portable::table, portable::logit_table};
+}
+
+const Tables& tables() {
+  static const Tables chosen = choose();
+  return chosen;
 }
 
 }  // namespace
 
-const MicrokernelTable& microkernel_table() {
-  static const MicrokernelTable& table = choose();
-  return table;
-}
+const MicrokernelTable& microkernel_table() { return tables().experts; }
+const LogitKernelTable& logit_kernel_table() { return tables().logits; }
 
 }  // namespace moe

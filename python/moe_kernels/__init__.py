@@ -35,6 +35,7 @@ from moe_kernels.activation import Activation  # noqa: E402
 from moe_kernels.memory import empty_cache  # noqa: E402
 from moe_kernels.ops.expert_ffn import expert_ffn  # noqa: E402
 from moe_kernels.ops.grouped_gemm import PrepackedWeights, grouped_gemm, prepack  # noqa: E402
+from moe_kernels.ops.logit_fusion import TokenFilter, fuse_logits  # noqa: E402
 from moe_kernels.ops.permute import DispatchPlan, permute, plan_dispatch, unpermute  # noqa: E402
 from moe_kernels.ops.quantize import (  # noqa: E402
     QuantizedWeights,
@@ -82,6 +83,7 @@ __all__ = [
     "LoRARouting",
     "PrepackedWeights",
     "QuantizedWeights",
+    "TokenFilter",
     "balance_loss",
     "bgmv",
     "consistency_loss",
@@ -91,6 +93,7 @@ __all__ = [
     "expert_capacity",
     "expert_counts",
     "expert_ffn",
+    "fuse_logits",
     "grouped_gemm",
     "growing_top_k",
     "identity_weights",

@@ -2,25 +2,11 @@
 // knows seed, step, layer and token draws the same.
 #include <torch/csrc/stable/library.h>
 
-#include <array>
-
+#include "common/philox.h"
 #include "ops/route/route.h"
 
 namespace moe {
 namespace {
-
-// Philox4x32-10: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
-std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, uint32_t key0, uint32_t key1) {
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53} * counter[0];
-    const uint64_t product1 = uint64_t{0xCD9E8D57} * counter[2];
-    counter = {static_cast<uint32_t>(product1 >> 32) ^ counter[1] ^ key0, static_cast<uint32_t>(product1),
-               static_cast<uint32_t>(product0 >> 32) ^ counter[3] ^ key1, static_cast<uint32_t>(product0)};
-    key0 += 0x9E3779B9;
-    key1 += 0xBB67AE85;
-  }
-  return counter;
-}
 
 Tensor route_random_cpu(const Tensor& token_ids_in, int64_t num_experts, int64_t top_k, int64_t seed, int64_t step,
                         int64_t layer) {

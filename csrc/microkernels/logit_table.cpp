@@ -1,0 +1,34 @@
+// The functions on rows of logits of one instruction set, MOE_ISA; as table.cpp.
+#include "microkernels/logit_table.h"
+
+#include "microkernels/logits_backward.h"
+
+namespace moe::MOE_ISA {
+
+template <class Acc>
+static constexpr LogitKernels<Acc> make() {
+  return {
+      .combine = combine<Acc>,
+      .load = load_logits<Acc>,
+      .largest = largest<Acc>,
+      .smallest_finite = smallest_finite<Acc>,
+      .exp_sum = exp_sum<Acc>,
+      .exponentials = exponentials<Acc>,
+      .subtract = subtract<Acc>,
+      .drop_below = drop_below<Acc>,
+      .at_least = at_least<Acc>,
+      .histogram = histogram<Acc>,
+      .bucket_values = bucket_values<Acc>,
+      .grad_sum = grad_sum<Acc>,
+      .score_grad = score_grad<Acc>,
+      .anchored = anchored<Acc>,
+      .linear_grad = linear_grad<Acc>,
+      .mixture_grad = mixture_grad<Acc>,
+      .inner_of_nonzero = inner_of_nonzero<Acc>,
+  };
+}
+
+extern const LogitKernelTable logit_table;
+const LogitKernelTable logit_table = {make<float>(), make<double>()};
+
+}  // namespace moe::MOE_ISA

@@ -1,0 +1,247 @@
+// Rows of logits: weighted sums of several sources, maxima, sums of exponentials, thresholds.
+//
+// Every sum runs over one block of kLogitBlock tokens, lanes in one fixed tree; whoever calls adds the blocks in order.
+#pragma once
+
+#include <math.h>
+
+#include "microkernels/elementwise.h"
+#include "microkernels/logit_table.h"
+#include "microkernels/vec.h"
+
+namespace moe::MOE_ISA {
+
+template <class Acc>
+constexpr Acc kNegInf = -static_cast<Acc>(INFINITY);
+
+// log(x) of x >= 0. x = 2^e m with m in [sqrt(1/2), sqrt(2)); log m = 2 atanh(s) with s = (m - 1) / (m + 1), |s| <= 0.172,
+// whose series to s^9 leaves 1e-9. 0 gives -inf; denormals are scaled first. Branch-free, so that loops of it vectorise.
+MOE_INLINE float log_of(float x) {
+  const bool tiny = x < 1.17549435e-38f;
+  const float scaled = tiny ? x * 8388608.0f : x;  // 2^23
+  uint32_t bits;
+  std::memcpy(&bits, &scaled, 4);
+  const uint32_t from_root = bits - 0x3f3504f3;  // bits of sqrt(1/2): the exponent field now counts from there
+  const int32_t exponent = static_cast<int32_t>(from_root) >> 23;
+  const uint32_t mantissa_bits = (from_root & 0x007fffff) + 0x3f3504f3;
+  float m;
+  std::memcpy(&m, &mantissa_bits, 4);
+  const float e = static_cast<float>(exponent) - (tiny ? 23.0f : 0.0f);
+  const float s = (m - 1.0f) / (m + 1.0f);
+  const float s2 = s * s;
+  const float series = 2.0f + s2 * (2.0f / 3 + s2 * (2.0f / 5 + s2 * (2.0f / 7 + s2 * (2.0f / 9))));
+  const float result = e * 0.693145751953125f + (s * series + e * 1.42860682030941723e-6f);
+  return x > 0 ? result : x == 0 ? -INFINITY : NAN;
+}
+MOE_INLINE double log_of(double x) { return ::log(x); }
+
+template <class F>
+MOE_INLINE void with_logit_dtype(LogitDtype dtype, const F& f) {
+  switch (dtype) {
+    case LogitDtype::f32: return f.template operator()<float>();
+    case LogitDtype::b16: return f.template operator()<bf16>();
+    case LogitDtype::f16: return f.template operator()<fp16>();
+    case LogitDtype::f64: return f.template operator()<double>();
+  }
+}
+
+// Whether each of x[0, n) is below +inf (and a number).
+template <class Acc>
+MOE_INLINE bool all_below_inf(const Acc* x, int64_t n) {
+  constexpr int kN = kLanes<Acc>;
+  const Vec<Acc> limit = broadcast(static_cast<Acc>(INFINITY));
+  auto below = limit > Vec<Acc>{};
+  int64_t i = 0;
+  for (; i + kN <= n; i += kN) below &= load(x + i) < limit;
+  bool all = true;
+  for (int lane = 0; lane < kN; ++lane) all &= below[lane] != 0;
+  for (; i < n; ++i) all &= x[i] < static_cast<Acc>(INFINITY);
+  return all;
+}
+
+template <class Acc>
+static bool load_logits(const LogitSource<Acc>& source, int64_t begin, int64_t n, Acc* out) {
+  with_logit_dtype(source.dtype, [&]<class T>() {
+    if constexpr (__is_same(acc_t<T>, Acc)) convert(static_cast<const T*>(source.row) + begin, out, n);
+  });
+  return all_below_inf(out, n);
+}
+
+template <class Acc>
+MOE_INLINE bool gather_logits(const LogitSource<Acc>& source, const int32_t* tokens, int64_t begin, int64_t n, Acc* out) {
+  if (tokens == nullptr) return load_logits(source, begin, n, out);
+  with_logit_dtype(source.dtype, [&]<class T>() {
+    if constexpr (__is_same(acc_t<T>, Acc))
+      for (int64_t i = 0; i < n; ++i) out[i] = to_acc(static_cast<const T*>(source.row)[tokens[begin + i]]);
+  });
+  return all_below_inf(out, n);
+}
+
+template <class Acc>
+MOE_INLINE bool combine_linear(const FusedRow<Acc>& row, const int32_t* tokens, int64_t begin, int64_t n, Acc* z) {
+  Acc x[kLogitBlock], undefined[kLogitBlock];
+  bool usable = true;
+  for (int64_t i = 0; i < n; ++i) z[i] = 0;
+  if (row.anchored)
+    for (int64_t i = 0; i < n; ++i) undefined[i] = 0;
+  for (const LogitSource<Acc>*source = row.sources, *end = source + row.num_sources; source < end; ++source) {
+    usable &= gather_logits(*source, tokens, begin, n, x);
+    const Acc weight = source->weight, floor = source->floor;
+    if (weight > 0) {
+      for (int64_t i = 0; i < n; ++i) z[i] += weight * x[i];
+    } else if (row.anchored && source != row.anchor) {
+      for (int64_t i = 0; i < n; ++i) {
+        const Acc raised = x[i] < floor ? floor : x[i];
+        const bool absent = raised == kNegInf<Acc>;
+        undefined[i] = absent ? Acc{1} : undefined[i];
+        z[i] += weight * (absent ? Acc{0} : raised);
+      }
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        const Acc raised = x[i] < floor ? floor : x[i];
+        z[i] += raised == kNegInf<Acc> ? kNegInf<Acc> : weight * raised;
+      }
+    }
+  }
+  if (row.anchored) {
+    if (row.anchor != nullptr)
+      gather_logits(*row.anchor, tokens, begin, n, x);
+    else
+      for (int64_t i = 0; i < n; ++i) x[i] = 0;
+    // a source of positive weight at -inf has made z -inf, and it stays so
+    for (int64_t i = 0; i < n; ++i)
+      z[i] = undefined[i] != 0 && z[i] > kNegInf<Acc> ? row.weight_sum * x[i] : z[i];
+  }
+  for (int64_t i = 0; i < n; ++i) z[i] *= row.inverse_temperature;
+  return usable;
+}
+
+template <class Acc>
+MOE_INLINE bool combine_mixture(const FusedRow<Acc>& row, const int32_t* tokens, int64_t begin, int64_t n, Acc* z) {
+  Acc x[kLogitBlock], top[kLogitBlock], sum[kLogitBlock];
+  bool usable = true;
+  for (int64_t i = 0; i < n; ++i) top[i] = kNegInf<Acc>;
+  for (int64_t i = 0; i < n; ++i) sum[i] = 0;
+  const LogitSource<Acc>* end = row.sources + row.num_sources;
+  for (const LogitSource<Acc>* source = row.sources; source < end; ++source) {
+    usable &= gather_logits(*source, tokens, begin, n, x);
+    for (int64_t i = 0; i < n; ++i) {
+      const Acc term = (x[i] - source->top) + source->shift;
+      top[i] = term > top[i] ? term : top[i];
+    }
+  }
+  for (int64_t i = 0; i < n; ++i) z[i] = top[i] > kNegInf<Acc> ? top[i] : Acc{0};
+  for (const LogitSource<Acc>* source = row.sources; source < end; ++source) {
+    gather_logits(*source, tokens, begin, n, x);
+    for (int64_t i = 0; i < n; ++i) sum[i] += exp_of((x[i] - source->top) + source->shift - z[i]);
+  }
+  for (int64_t i = 0; i < n; ++i)
+    z[i] = (top[i] > kNegInf<Acc> ? top[i] + log_of(sum[i]) : kNegInf<Acc>) * row.inverse_temperature;
+  return usable;
+}
+
+template <class Acc>
+static bool combine(const FusedRow<Acc>& row, const int32_t* tokens, int64_t begin, int64_t n, Acc* z) {
+  return row.mixture ? combine_mixture(row, tokens, begin, n, z) : combine_linear(row, tokens, begin, n, z);
+}
+
+template <class Acc>
+static Acc largest(const Acc* z, int64_t n) {
+  constexpr int kN = kLanes<Acc>;
+  Vec<Acc> top = broadcast(kNegInf<Acc>);
+  int64_t i = 0;
+  for (; i + kN <= n; i += kN) {
+    const Vec<Acc> x = load(z + i);
+    top = x > top ? x : top;
+  }
+  Acc result = kNegInf<Acc>;
+  for (int lane = 0; lane < kN; ++lane) result = top[lane] > result ? top[lane] : result;
+  for (; i < n; ++i) result = z[i] > result ? z[i] : result;
+  return result;
+}
+
+template <class Acc>
+static Acc smallest_finite(const Acc* z, int64_t n) {
+  Acc result = static_cast<Acc>(INFINITY);
+  for (int64_t i = 0; i < n; ++i) result = z[i] > kNegInf<Acc> && z[i] < result ? z[i] : result;
+  return result;
+}
+
+template <class Acc>
+static void exponentials(const Acc* z, int64_t n, Acc shift, Acc* exps) {
+  for (int64_t i = 0; i < n; ++i) exps[i] = exp_of(z[i] - shift);
+}
+
+// The sum of one block.
+template <class Acc>
+MOE_INLINE Acc block_sum(const Acc* x, int64_t n) {
+  constexpr int kN = kLanes<Acc>;
+  Vec<Acc> sums[2] = {};
+  int64_t i = 0;
+  for (; i + 2 * kN <= n; i += 2 * kN) {
+    sums[0] += load(x + i);
+    sums[1] += load(x + i + kN);
+  }
+  Acc sum = reduce<Acc>(sums[0] + sums[1]);
+  for (; i < n; ++i) sum += x[i];
+  return sum;
+}
+
+template <class Acc>
+static Acc exp_sum(const Acc* z, int64_t n, Acc shift) {
+  Acc exps[kLogitBlock];
+  exponentials(z, n, shift, exps);
+  return block_sum(exps, n);
+}
+
+template <class Acc>
+static void subtract(Acc* z, int64_t n, Acc shift) {
+  for (int64_t i = 0; i < n; ++i) z[i] -= shift;
+}
+
+template <class Acc>
+static void drop_below(Acc* z, int64_t n, Acc bound) {
+  for (int64_t i = 0; i < n; ++i) z[i] = z[i] < bound ? kNegInf<Acc> : z[i];
+}
+
+template <class Acc>
+static int64_t at_least(const Acc* z, int64_t n, Acc bound, int32_t first, int32_t* tokens) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    tokens[count] = first + static_cast<int32_t>(i);
+    count += z[i] >= bound;
+  }
+  return count;
+}
+
+// The bucket of a value above -inf.
+template <class Acc>
+MOE_INLINE int64_t bucket_of(Acc value, Acc largest) {
+  const Acc distance = (largest - value) * static_cast<Acc>(kLogitBucketsPerNat);
+  return distance < static_cast<Acc>(kLogitBuckets - 1) ? static_cast<int64_t>(distance) : kLogitBuckets - 1;
+}
+
+template <class Acc>
+static void histogram(const Acc* z, int64_t n, Acc largest, int64_t* counts, double* masses) {
+  Acc exps[kLogitBlock];
+  for (int64_t begin = 0; begin < n; begin += kLogitBlock) {
+    const int64_t size = n - begin < kLogitBlock ? n - begin : kLogitBlock;
+    if (masses != nullptr) exponentials(z + begin, size, largest, exps);
+    for (int64_t i = 0; i < size; ++i) {
+      if (!(z[begin + i] > kNegInf<Acc>)) continue;
+      const int64_t bucket = bucket_of(z[begin + i], largest);
+      ++counts[bucket];
+      if (masses != nullptr) masses[bucket] += static_cast<double>(exps[i]);
+    }
+  }
+}
+
+template <class Acc>
+static int64_t bucket_values(const Acc* z, int64_t n, Acc largest, int64_t bucket, Acc* values) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i)
+    if (z[i] > kNegInf<Acc> && bucket_of(z[i], largest) == bucket) values[count++] = z[i];
+  return count;
+}
+
+}  // namespace moe::MOE_ISA

@@ -1,0 +1,39 @@
+"""Schemas, fakes and handles of the compiled logit ops (csrc/ops/logit_fusion)."""
+
+import torch
+from torch import Tensor
+
+# a step counts up: a symbol, so that it does not compile anew
+torch.library.define(
+    "moe_kernels::fuse_logits",
+    "(Tensor[] sources, Tensor? rows, Tensor weights, Tensor temperature, Tensor? request_ids, int seed, SymInt step, "
+    "SymInt vocab_size, bool mixture, int anchor, int neg_inf, float[] mask, float[] floor, float[] keep, int out) "
+    "-> (Tensor, Tensor)",
+)
+torch.library.define(
+    "moe_kernels::fuse_logits_backward",
+    "(Tensor grad, Tensor fused, Tensor[] sources, Tensor weights, Tensor temperature, Tensor source_stats, "
+    "bool mixture, int anchor, int neg_inf, int out) -> (Tensor[], Tensor, Tensor)",
+)
+
+fuse_logits = torch.ops.moe_kernels.fuse_logits.default
+fuse_logits_backward = torch.ops.moe_kernels.fuse_logits_backward.default
+
+
+@torch.library.register_fake("moe_kernels::fuse_logits")
+def _(sources, rows, weights, temperature, request_ids, seed, step, vocab_size, *rest):
+    dtype = torch.float64 if sources[0].dtype == torch.float64 else torch.float32
+    num_rows, num_sources = weights.shape
+    is_token = rest[-1] >= 3
+    fused = (
+        weights.new_empty(num_rows, dtype=torch.int64)
+        if is_token
+        else weights.new_empty((num_rows, vocab_size), dtype=dtype)
+    )
+    return fused, weights.new_empty((num_rows, num_sources, 2), dtype=dtype)
+
+
+@torch.library.register_fake("moe_kernels::fuse_logits_backward")
+def _(grad, fused, sources, weights, temperature, source_stats, mixture, anchor, neg_inf, out):
+    grad_sources: list[Tensor] = [source.new_empty(source.shape) for source in sources]
+    return grad_sources, weights.new_empty(weights.shape), temperature.new_empty(temperature.shape)

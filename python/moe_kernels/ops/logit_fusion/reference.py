@@ -1,0 +1,176 @@
+"""Logit fusion in plain PyTorch: the specification."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from moe_kernels.ops.route.reference import philox
+
+#: second half of the generator's key: draws of this room are never those of routing under the same seed and step
+DRAW_KEY = 0x6C6F6769
+
+
+def threshold(z: Tensor, numbers: list[float]) -> Tensor:
+    """[num_rows, 1]: the smallest value that a TokenFilter keeps in each row."""
+    top_k, top_p, min_p, min_keep = numbers
+    ranked = z.detach().sort(dim=1, descending=True).values
+    bound = torch.full_like(ranked[:, :1], -torch.inf)
+    if 0 < top_k < z.shape[1]:
+        bound = ranked[:, int(top_k) - 1 : int(top_k)]
+    if top_p < 1:
+        left = ranked.masked_fill(ranked < bound, -torch.inf)
+        probs = left.double().softmax(1).nan_to_num(0)
+        above = probs.cumsum(1) - probs
+        # of equal logits, the first one's rank counts for all
+        above = above.gather(1, torch.searchsorted(-ranked, -ranked))
+        inside = (above < top_p) & (left > -torch.inf)
+        bound = torch.maximum(bound, left.masked_fill(~inside, torch.inf).amin(1, keepdim=True))
+    if min_p > 0:
+        bound = torch.maximum(bound, ranked[:, :1] + math.log(min_p))
+    at_least = min(int(min_keep), z.shape[1])
+    return torch.minimum(bound, ranked[:, at_least - 1 : at_least])
+
+
+def uniforms(request_ids: Tensor, seed: int, step: int, draw: int = 0) -> Tensor:
+    """[num_rows] float64 in [0, 1): 53 bits of Philox at (request, step, draw) under the seed."""
+    counter = (
+        request_ids & 0xFFFFFFFF,
+        (request_ids >> 32) & 0xFFFFFFFF,
+        torch.full_like(request_ids, step),
+        torch.full_like(request_ids, draw),
+    )
+    first, second, _, _ = philox(counter, seed, DRAW_KEY)
+    return ((first << 21) | (second >> 11)).double() * 2.0**-53
+
+
+def sample(z: Tensor, u: Tensor) -> Tensor:
+    """[num_rows] int64: the first token whose cumulative probability exceeds u; -1 where there is none to draw."""
+    usable = z.amax(1, keepdim=True).isfinite() & ~z.isnan().any(1, keepdim=True)
+    probs = z.double().masked_fill(~usable, 0).softmax(1)
+    cumulative = probs.cumsum(1)
+    target = u[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, target, right=True)
+    # rounding must not run past the last token that can be drawn
+    last = torch.where(probs > 0, torch.arange(z.shape[1], device=z.device), -1).amax(1, keepdim=True)
+    return torch.where(usable, torch.minimum(tokens, last), -1).squeeze(1)
+
+
+def fuse(
+    sources: list[Tensor],
+    rows: Tensor | None,
+    weights: Tensor,
+    temperature: Tensor,
+    vocab_size: int,
+    mixture: bool,
+    anchor: int,
+    neg_inf: str,
+    mask: list[float],
+    floor: list[float],
+    keep: list[float],
+) -> Tensor:
+    """The fused and filtered logits [num_rows, vocab_size]; a broken row is NaN."""
+    if rows is not None:
+        sources = [sources[0][rows[:, k]] for k in range(rows.shape[1])]
+    dtype = torch.float64 if sources[0].dtype == torch.float64 else torch.float32
+    sources = [source[:, :vocab_size].to(dtype) for source in sources]
+    weights = weights.to(dtype)
+    read = [weights[:, k : k + 1] != 0 for k in range(len(sources))]
+    kept = torch.ones_like(sources[anchor], dtype=torch.bool)
+    if mask:
+        kept = (sources[anchor] >= threshold(sources[anchor], mask)) | ~read[anchor]
+    broken = ~((temperature >= 0) & (temperature < torch.inf))[:, None] | ~weights.isfinite().all(1, keepdim=True)
+    if mixture:
+        broken = broken | (weights < 0).any(1, keepdim=True)
+    for k, source in enumerate(sources):
+        # outside the anchor's mask the others are not looked at, unless a sum or a bound of the whole row is needed
+        whole = torch.full_like(broken, k == anchor or mixture)
+        if floor or neg_inf == "floor":
+            whole = whole | (weights[:, k : k + 1] < 0)
+        bad = (source.isnan() | (source == torch.inf)) & (kept | whole)
+        broken = broken | (read[k] & bad.any(1, keepdim=True))
+        sources[k] = source.masked_fill(~(kept | whole), 0)
+    # what is not read must reach neither the result nor a gradient, be it NaN
+    sources = [source.masked_fill(broken | ~is_read, 0) for source, is_read in zip(sources, read, strict=True)]
+    weights = weights.masked_fill(broken, 0)
+    z = _mixture(sources, weights) if mixture else _linear(sources, weights, anchor, neg_inf, floor)
+    divisor = temperature.to(dtype)[:, None].masked_fill(broken | (temperature == 0)[:, None], 1)
+    absent = ~kept | (z == -torch.inf)
+    z = (z.masked_fill(absent, 0) / divisor).masked_fill(absent, -torch.inf)  # no -inf in the gradient of the quotient
+    if keep:
+        z = z.masked_fill(z < threshold(z, keep), -torch.inf)
+    return z.masked_fill(broken, torch.nan)
+
+
+def _linear(sources: list[Tensor], weights: Tensor, anchor: int, neg_inf: str, floor: list[float]) -> Tensor:
+    z = torch.zeros_like(sources[anchor])
+    masked = torch.zeros_like(z, dtype=torch.bool)
+    undefined = torch.zeros_like(masked)
+    for k, source in enumerate(sources):
+        weight = weights[:, k : k + 1]
+        negative = weight < 0
+        absent = source == -torch.inf
+        if k != anchor:
+            bound = torch.full_like(source[:, :1], -torch.inf)
+            if floor:
+                bound = threshold(source, floor)
+            if neg_inf == "floor":
+                bound = torch.maximum(bound, source.detach().masked_fill(absent, torch.inf).amin(1, keepdim=True))
+            raised = negative & bound.isfinite() & (source < bound)
+            source = torch.where(raised, bound, source)
+            absent = source == -torch.inf
+            if neg_inf == "zero":
+                undefined = undefined | (negative & absent)
+                absent = absent & ~negative
+        masked = masked | (absent & (weight != 0))
+        z = z + weight * source.masked_fill(source == -torch.inf, 0)
+    anchored = weights.sum(1, keepdim=True) * sources[anchor].masked_fill(sources[anchor] == -torch.inf, 0)
+    return torch.where(undefined, anchored, z).masked_fill(masked, -torch.inf)
+
+
+def _mixture(sources: list[Tensor], weights: Tensor) -> Tensor:
+    terms = []
+    for k, source in enumerate(sources):
+        # a source without any token contributes nothing; log(0) is cut out of the graph, not only of the value
+        empty = (source == -torch.inf).all(1, keepdim=True)
+        unread = empty | (weights[:, k : k + 1] <= 0)
+        log_probs = source.masked_fill(empty, 0).log_softmax(1)
+        term = log_probs + weights[:, k : k + 1].masked_fill(unread, 1).log()
+        terms.append(term.masked_fill(unread | (source == -torch.inf), -torch.inf))
+    stacked = torch.stack(terms)
+    nothing = (stacked == -torch.inf).all(0)
+    return stacked.masked_fill(nothing, 0).logsumexp(0).masked_fill(nothing, -torch.inf)
+
+
+def fuse_logits(
+    sources: list[Tensor],
+    rows: Tensor | None,
+    weights: Tensor,
+    temperature: Tensor,
+    request_ids: Tensor | None,
+    seed: int,
+    step: int,
+    vocab_size: int,
+    mixture: bool,
+    anchor: int,
+    neg_inf: str,
+    mask: list[float],
+    floor: list[float],
+    keep: list[float],
+    out: str,
+) -> Tensor:
+    z = fuse(sources, rows, weights, temperature, vocab_size, mixture, anchor, neg_inf, mask, floor, keep)
+    if out == "logits":
+        return z
+    empty = (z == -torch.inf).all(1, keepdim=True)
+    # also outside: a gradient that arrives at a token at -inf goes nowhere
+    if out == "log_probs":
+        return z.masked_fill(empty, 0).log_softmax(1).masked_fill(z == -torch.inf, -torch.inf)
+    if out == "probs":
+        return z.masked_fill(empty, 0).softmax(1).masked_fill(z == -torch.inf, 0)
+    unusable = (empty | z.isnan().any(1, keepdim=True)).squeeze(1)
+    greedy = z.argmax(1)  # the lowest token first among equals
+    if out == "sample":
+        drawn = sample(z, uniforms(request_ids, seed, step))
+        greedy = torch.where(temperature == 0, greedy, drawn)
+    return greedy.masked_fill(unusable, -1)
