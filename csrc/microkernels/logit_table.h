@@ -32,12 +32,17 @@ struct FusedRow {
   bool mixture;
   bool anchored;    // where a negative weight meets -inf the anchor stands alone
   Acc weight_sum;   // over all sources
-  Acc inverse_temperature;
+  Acc temperature;
+  Acc shift;  // taken off the result before it is rounded
 };
 
 constexpr int64_t kLogitBlock = 512;         // tokens whose sum of exponentials runs in Acc; longer sums in double
 constexpr int64_t kLogitBuckets = 4096;      // by distance from the largest logit
 constexpr double kLogitBucketsPerNat = 128;  // the last bucket holds all below exp(-32) of the largest
+
+struct GradSums {
+  double grad, mass;
+};
 
 template <class Acc>
 struct LogitKernels {
@@ -56,8 +61,6 @@ struct LogitKernels {
   void (*exponentials)(const Acc* z, int64_t n, Acc shift, Acc* exps);
   // z[i] -= shift
   void (*subtract)(Acc* z, int64_t n, Acc shift);
-  // -inf for what is below bound
-  void (*drop_below)(Acc* z, int64_t n, Acc bound);
   // appends first + i for z[i] >= bound; returns how many there were
   int64_t (*at_least)(const Acc* z, int64_t n, Acc bound, int32_t first, int32_t* tokens);
   // counts[b] and masses[b], sums of exp(z - largest), of the values above -inf in each bucket; masses may be null
@@ -65,22 +68,23 @@ struct LogitKernels {
   // the values in one bucket; returns how many there were
   int64_t (*bucket_values)(const Acc* z, int64_t n, Acc largest, int64_t bucket, Acc* values);
 
-  // Backward, n <= kLogitBlock; python/moe_kernels/ops/logit_fusion/autograd.py has the equations.
-  // one block's part of sum(g) (log_probs) or sum(probs g) (probs) over the tokens above -inf
-  Acc (*grad_sum)(LogitOut out, const Acc* grad, const Acc* fused, int64_t n);
-  // dz, 0 for tokens at -inf; sum: the whole row's
-  void (*score_grad)(LogitOut out, const Acc* grad, const Acc* fused, Acc sum, int64_t n, Acc* dz);
+  // Backward, n <= kLogitBlock; python/moe_kernels/ops/logit_fusion/autograd.py has the equations. What a row sums is
+  // in double: gradients of weights and temperature are small differences of large sums.
+  // one block's part of sum(g) (log_probs) or sum(probs g) (probs), and of sum(probs), over the tokens above -inf
+  GradSums (*grad_sums)(LogitOut out, const Acc* grad, const Acc* fused, int64_t n);
+  // dz, 0 for tokens at -inf; total: the whole row's sums
+  void (*score_grad)(LogitOut out, const Acc* grad, const Acc* fused, GradSums total, int64_t n, Acc* dz);
   // flags[i] = 1 where the anchor stands alone; returns the sum of dz times the anchor's logit there
-  Acc (*anchored)(const FusedRow<Acc>& row, int64_t begin, int64_t n, const Acc* dz, Acc* flags);
+  double (*anchored)(const FusedRow<Acc>& row, int64_t begin, int64_t n, const Acc* dz, Acc* flags);
   // grad[begin + i] = dl in the source's dtype; returns the sum of dz times the (raised) logits. flags may be null
-  Acc (*linear_grad)(const FusedRow<Acc>& row, const LogitSource<Acc>& source, int64_t begin, int64_t n, const Acc* dz,
-                     const Acc* flags, void* grad);
+  double (*linear_grad)(const FusedRow<Acc>& row, const LogitSource<Acc>& source, int64_t begin, int64_t n,
+                        const Acc* dz, const Acc* flags, void* grad);
   // grad (may be null) likewise, with sum = sum(r dz) over the row; returns one block's part of that. z: the mixture's
   // logarithm without temperature
-  Acc (*mixture_grad)(const FusedRow<Acc>& row, const LogitSource<Acc>& source, int64_t begin, int64_t n, const Acc* dz,
-                      const Acc* z, Acc sum, void* grad);
+  double (*mixture_grad)(const FusedRow<Acc>& row, const LogitSource<Acc>& source, int64_t begin, int64_t n,
+                         const Acc* dz, const Acc* z, Acc sum, void* grad);
   // sum_i a[i] b[i], of a[i] = 0 nothing whatever b[i] is
-  Acc (*inner_of_nonzero)(const Acc* a, const Acc* b, int64_t n);
+  double (*inner_of_nonzero)(const Acc* a, const Acc* b, int64_t n);
 };
 
 struct LogitKernelTable {

@@ -77,29 +77,31 @@ MOE_INLINE bool gather_logits(const LogitSource<Acc>& source, const int32_t* tok
   return all_below_inf(out, n);
 }
 
+// Products are exact and added in double: what is left of the sum after its large parts cancel is rounded once.
 template <class Acc>
 MOE_INLINE bool combine_linear(const FusedRow<Acc>& row, const int32_t* tokens, int64_t begin, int64_t n, Acc* z) {
-  Acc x[kLogitBlock], undefined[kLogitBlock];
+  constexpr double kNone = kNegInf<double>;
+  Acc x[kLogitBlock];
+  double sum[kLogitBlock], undefined[kLogitBlock];
   bool usable = true;
-  for (int64_t i = 0; i < n; ++i) z[i] = 0;
+  for (int64_t i = 0; i < n; ++i) sum[i] = 0;
   if (row.anchored)
     for (int64_t i = 0; i < n; ++i) undefined[i] = 0;
   for (const LogitSource<Acc>*source = row.sources, *end = source + row.num_sources; source < end; ++source) {
     usable &= gather_logits(*source, tokens, begin, n, x);
-    const Acc weight = source->weight, floor = source->floor;
+    const double weight = static_cast<double>(source->weight), floor = static_cast<double>(source->floor);
     if (weight > 0) {
-      for (int64_t i = 0; i < n; ++i) z[i] += weight * x[i];
+      for (int64_t i = 0; i < n; ++i) sum[i] += weight * static_cast<double>(x[i]);
     } else if (row.anchored && source != row.anchor) {
       for (int64_t i = 0; i < n; ++i) {
-        const Acc raised = x[i] < floor ? floor : x[i];
-        const bool absent = raised == kNegInf<Acc>;
-        undefined[i] = absent ? Acc{1} : undefined[i];
-        z[i] += weight * (absent ? Acc{0} : raised);
+        const double logit = static_cast<double>(x[i]), raised = logit < floor ? floor : logit;
+        undefined[i] = raised == kNone ? 1.0 : undefined[i];
+        sum[i] = raised == kNone ? sum[i] : sum[i] + weight * raised;
       }
     } else {
       for (int64_t i = 0; i < n; ++i) {
-        const Acc raised = x[i] < floor ? floor : x[i];
-        z[i] += raised == kNegInf<Acc> ? kNegInf<Acc> : weight * raised;
+        const double logit = static_cast<double>(x[i]), raised = logit < floor ? floor : logit;
+        sum[i] = raised == kNone ? kNone : sum[i] + weight * raised;
       }
     }
   }
@@ -108,11 +110,14 @@ MOE_INLINE bool combine_linear(const FusedRow<Acc>& row, const int32_t* tokens, 
       gather_logits(*row.anchor, tokens, begin, n, x);
     else
       for (int64_t i = 0; i < n; ++i) x[i] = 0;
-    // a source of positive weight at -inf has made z -inf, and it stays so
+    const double weight = static_cast<double>(row.weight_sum);
+    // a source of positive weight at -inf has made the sum -inf, and it stays so
     for (int64_t i = 0; i < n; ++i)
-      z[i] = undefined[i] != 0 && z[i] > kNegInf<Acc> ? row.weight_sum * x[i] : z[i];
+      sum[i] = undefined[i] != 0 && sum[i] > kNone ? weight * static_cast<double>(x[i]) : sum[i];
   }
-  for (int64_t i = 0; i < n; ++i) z[i] *= row.inverse_temperature;
+  if (row.temperature != 1)
+    for (int64_t i = 0; i < n; ++i) sum[i] /= static_cast<double>(row.temperature);
+  for (int64_t i = 0; i < n; ++i) z[i] = static_cast<Acc>(sum[i] - static_cast<double>(row.shift));
   return usable;
 }
 
@@ -136,7 +141,7 @@ MOE_INLINE bool combine_mixture(const FusedRow<Acc>& row, const int32_t* tokens,
     for (int64_t i = 0; i < n; ++i) sum[i] += exp_of((x[i] - source->top) + source->shift - z[i]);
   }
   for (int64_t i = 0; i < n; ++i)
-    z[i] = (top[i] > kNegInf<Acc> ? top[i] + log_of(sum[i]) : kNegInf<Acc>) * row.inverse_temperature;
+    z[i] = (top[i] > kNegInf<Acc> ? top[i] + log_of(sum[i]) : kNegInf<Acc>) / row.temperature - row.shift;
   return usable;
 }
 
@@ -197,11 +202,6 @@ static Acc exp_sum(const Acc* z, int64_t n, Acc shift) {
 template <class Acc>
 static void subtract(Acc* z, int64_t n, Acc shift) {
   for (int64_t i = 0; i < n; ++i) z[i] -= shift;
-}
-
-template <class Acc>
-static void drop_below(Acc* z, int64_t n, Acc bound) {
-  for (int64_t i = 0; i < n; ++i) z[i] = z[i] < bound ? kNegInf<Acc> : z[i];
 }
 
 template <class Acc>

@@ -1,4 +1,4 @@
-// Gradients of logit fusion on the CPU, one row at a time; the fused logits are made again from the sources.
+// Gradients of logit fusion on the CPU, one row at a time; a mixture's logits are made again from the sources.
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
@@ -20,7 +20,8 @@ class RowGradient {
         sums_(scratch_.take<double>(sources.num_sources())) {
     fused_ = {.sources = sources_, .num_sources = 0, .anchor = nullptr, .mixture = mixture,
               .anchored = !mixture && neg_inf == NegInf::zero, .weight_sum = 0,
-              .inverse_temperature = Acc{1} / temperature};
+              .temperature = temperature,
+              .shift = 0};
     for (int64_t k = 0; k < sources.num_sources(); ++k) {
       if (sources.weight(row, k) == 0) continue;
       numbers_[fused_.num_sources] = k;
@@ -38,15 +39,16 @@ class RowGradient {
   // grad_sources: one row for each of the K sources, zero where a source is not read. grad_weights: [K]
   void run(const Acc* grad, const Acc* fused, void* const* grad_sources, Acc* grad_weights, int64_t num_sources,
            Acc* grad_temperature) {
-    double sum = 0;
+    GradSums total{0, 0};
     if (out_ != LogitOut::logits)
       for_blocks([&](int64_t begin, int64_t n) {
-        sum += static_cast<double>(logit_kernels<Acc>().grad_sum(out_, grad + begin, fused + begin, n));
+        const GradSums part = logit_kernels<Acc>().grad_sums(out_, grad + begin, fused + begin, n);
+        total = {total.grad + part.grad, total.mass + part.mass};
       });
     const auto score_grad = [&](int64_t begin, int64_t n, Acc* dz) {
-      logit_kernels<Acc>().score_grad(out_, grad + begin, fused + begin, static_cast<Acc>(sum), n, dz);
+      logit_kernels<Acc>().score_grad(out_, grad + begin, fused + begin, total, n, dz);
     };
-    const double inverse = static_cast<double>(fused_.inverse_temperature);
+    const double inverse = 1 / static_cast<double>(fused_.temperature);
     if (fused_.mixture)
       mixture(score_grad, grad_sources);
     else
@@ -67,42 +69,37 @@ class RowGradient {
       f(begin, std::min(kLogitBlock, vocab_size_ - begin));
   }
 
-  // The fused logits of a block without temperature.
-  void combine(int64_t begin, int64_t n, const Acc* dz, Acc* z) {
-    FusedRow<Acc> untempered = fused_;
-    untempered.inverse_temperature = 1;
-    logit_kernels<Acc>().combine(untempered, nullptr, begin, n, z);
-    score_sum_ += static_cast<double>(logit_kernels<Acc>().inner_of_nonzero(dz, z, n));
-  }
-
   template <class F>
   void linear(const F& score_grad, void* const* grad_sources) {
-    Acc dz[kLogitBlock], z[kLogitBlock], flags[kLogitBlock];
+    Acc dz[kLogitBlock], flags[kLogitBlock];
     for_blocks([&](int64_t begin, int64_t n) {
       score_grad(begin, n, dz);
-      combine(begin, n, dz, z);
       if (fused_.anchored)
-        anchored_sum_ += static_cast<double>(logit_kernels<Acc>().anchored(fused_, begin, n, dz, flags));
+        anchored_sum_ += logit_kernels<Acc>().anchored(fused_, begin, n, dz, flags);
       for (int64_t i = 0; i < fused_.num_sources; ++i)
-        sums_[i] += static_cast<double>(logit_kernels<Acc>().linear_grad(
-            fused_, sources_[i], begin, n, dz, fused_.anchored ? flags : nullptr, grad_sources[numbers_[i]]));
+        sums_[i] += logit_kernels<Acc>().linear_grad(fused_, sources_[i], begin, n, dz,
+                                                     fused_.anchored ? flags : nullptr, grad_sources[numbers_[i]]);
     });
+    score_sum_ = anchored_sum_ * static_cast<double>(fused_.weight_sum);
+    for (int64_t i = 0; i < fused_.num_sources; ++i) score_sum_ += sums_[i] * static_cast<double>(sources_[i].weight);
   }
 
   template <class F>
   void mixture(const F& score_grad, void* const* grad_sources) {
     Acc dz[kLogitBlock], z[kLogitBlock];
+    FusedRow<Acc> untempered = fused_;
+    untempered.temperature = 1;
     // a source's gradient needs the whole row's sum of r dz
     for (const bool write : {false, true}) {
-      score_sum_ = 0;
       for_blocks([&](int64_t begin, int64_t n) {
         score_grad(begin, n, dz);
-        combine(begin, n, dz, z);
+        logit_kernels<Acc>().combine(untempered, nullptr, begin, n, z);
+        if (!write) score_sum_ += logit_kernels<Acc>().inner_of_nonzero(dz, z, n);
         for (int64_t i = 0; i < fused_.num_sources; ++i) {
-          const Acc part = logit_kernels<Acc>().mixture_grad(fused_, sources_[i], begin, n, dz, z,
-                                                             static_cast<Acc>(sums_[i]),
-                                                             write ? grad_sources[numbers_[i]] : nullptr);
-          if (!write) sums_[i] += static_cast<double>(part);
+          const double part =
+              logit_kernels<Acc>().mixture_grad(fused_, sources_[i], begin, n, dz, z, static_cast<Acc>(sums_[i]),
+                                                write ? grad_sources[numbers_[i]] : nullptr);
+          if (!write) sums_[i] += part;
         }
       });
     }

@@ -40,8 +40,9 @@ class RowFusion {
       : settings_(settings), vocab_size_(sources.vocab_size()), sources_(scratch_.take<LogitSource<Acc>>(sources.num_sources())) {
     fused_ = {.sources = sources_, .num_sources = 0, .anchor = nullptr, .mixture = settings.mixture,
               .anchored = !settings.mixture && settings.neg_inf == NegInf::zero, .weight_sum = 0,
-              .inverse_temperature = temperature == 0 ? Acc{1} : Acc{1} / temperature};
-    usable_ = temperature >= 0 && temperature < std::numeric_limits<Acc>::infinity();
+              .temperature = temperature == 0 ? Acc{1} : temperature, .shift = 0};
+    usable_ = (temperature > 0 || (temperature == 0 && out_row == nullptr)) &&
+              temperature < std::numeric_limits<Acc>::infinity();
     num_tokens_ = vocab_size_;
     for (int64_t k = 0; k < sources.num_sources(); ++k) usable_ &= std::isfinite(sources.weight(row, k));
     for (int64_t k = 0; k < sources.num_sources() && usable_; ++k) {
@@ -60,14 +61,18 @@ class RowFusion {
       }
     }
     if (usable_ && fused_.anchor != nullptr && !settings.mask.keeps_all) choose_candidates();
-    const bool looks_twice = !settings.keep.keeps_all;
-    const bool is_dense = tokens_ == nullptr;
-    if (out_row != nullptr && is_dense)
+    const bool filters = !settings.keep.keeps_all;
+    if (out_row != nullptr && tokens_ == nullptr && !filters)
       z_ = out_row;
-    else if (out_row != nullptr || looks_twice)
+    else if (out_row != nullptr || filters)
       z_ = scratch_.take<Acc>(num_tokens_);
     if (usable_) fuse();
-    if (usable_ && looks_twice) filter();
+    if (usable_ && filters) filter();
+    if (usable_ && tokens_ != nullptr && !total_.empty() && settings.out != LogitOut::logits) {
+      // of a few tokens the logits are made again beside the largest: they are rounded once it is taken off
+      fused_.shift = total_.top;
+      fuse();
+    }
     broken_ = !usable_;
     usable_ = usable_ && !total_.empty();
   }
@@ -190,41 +195,44 @@ class RowFusion {
     }
   }
 
+  // The logits of tokens_, or of all, in z_ if there is one; of their blocks the largest and the sum of exponentials.
   void fuse() {
     const int64_t num_blocks = (num_tokens_ + kLogitBlock - 1) / kLogitBlock;
-    tops_ = scratch_.take<Acc>(num_blocks);
-    sums_ = scratch_.take<double>(num_blocks);
+    if (tops_ == nullptr) {
+      tops_ = scratch_.take<Acc>(num_blocks);
+      sums_ = scratch_.take<double>(num_blocks);
+    }
+    // a token's value alone asks for no exponentials
+    const bool needs_sum = settings_.out != LogitOut::argmax && settings_.out != LogitOut::logits;
+    total_ = {};
     for (int64_t block = 0; block < num_blocks && usable_; ++block) {
       Acc* z = z_ == nullptr ? block_ : z_ + block * kLogitBlock;
       usable_ = logit_kernels<Acc>().combine(fused_, tokens_, block * kLogitBlock, block_size(block), z);
-      sum(block, z);
+      const Acc top = tops_[block] = logit_kernels<Acc>().largest(z, block_size(block));
+      sums_[block] = needs_sum && top > kNone
+                         ? static_cast<double>(logit_kernels<Acc>().exp_sum(z, block_size(block), top))
+                         : 0.0;
+      if (top > kNone) total_.add(top, sums_[block]);
     }
   }
 
-  void sum(int64_t block, const Acc* z) {
-    const Acc top = tops_[block] = logit_kernels<Acc>().largest(z, block_size(block));
-    // a token's value alone asks for no exponentials
-    const bool needs_sum = settings_.out != LogitOut::argmax && settings_.out != LogitOut::logits;
-    sums_[block] = needs_sum && top > kNone
-                       ? static_cast<double>(logit_kernels<Acc>().exp_sum(z, block_size(block), top))
-                       : 0.0;
-    if (top > kNone) total_.add(top, sums_[block]);
-  }
-
+  // Leaves what `keep` keeps in tokens_.
   void filter() {
+    int32_t* kept = scratch_.take<int32_t>(num_tokens_);
+    int64_t count = 0;
     Scratch scratch;
     const Acc bound = Threshold<Acc>(z_, num_tokens_, total_.top, scratch)(settings_.keep);
-    total_ = {};
     for (int64_t block = 0; block * kLogitBlock < num_tokens_; ++block) {
-      if (tops_[block] < bound) {
-        fill(z_ + block * kLogitBlock, block_size(block), kNone);
-        tops_[block] = kNone;
-        sums_[block] = 0;
-        continue;
-      }
-      logit_kernels<Acc>().drop_below(z_ + block * kLogitBlock, block_size(block), bound);
-      sum(block, z_ + block * kLogitBlock);
+      const int64_t begin = block * kLogitBlock;
+      if (tops_[block] >= bound)
+        count += logit_kernels<Acc>().at_least(z_ + begin, block_size(block), bound, static_cast<int32_t>(begin), kept + count);
     }
+    for (int64_t i = 0; i < count; ++i) {
+      z_[i] = z_[kept[i]];
+      kept[i] = token(kept[i]);
+    }
+    tokens_ = kept;
+    num_tokens_ = count;
   }
 
   const Settings& settings_;
@@ -237,7 +245,7 @@ class RowFusion {
   int32_t* tokens_ = nullptr;    // the candidates; null where all tokens are
   int64_t num_tokens_;
   Acc* z_ = nullptr;             // the fused logits, if kept
-  Acc* tops_ = nullptr;          // of each block
+  Acc* tops_ = nullptr;          // of each block; room for those of all tokens
   double* sums_ = nullptr;       // of exp(z - top of the block)
   RowSum<Acc> total_;
   Acc block_[kLogitBlock];

@@ -78,8 +78,8 @@ def fuse_logits(
         mode: "linear" or "mixture".
         rows: [num_rows, K] int64: which row of the one tensor is source k of a row (guidance within one batch). Where a
             gradient is needed the rows are copied.
-        temperature: a number or a tensor [num_rows]; 0 makes "sample" take the largest, and is refused for what is
-            normalised.
+        temperature: a number or a tensor [num_rows]; 0 makes "sample" take the largest; what is no token has no limit
+            there: a number is refused, a row of a tensor broken.
         anchor: the source whose logits ``mask`` filters.
         mask: contrastive decoding's plausibility is ``TokenFilter(min_p=0.1)``, DExperts' nucleus
             ``TokenFilter(top_p=0.9)``.
@@ -142,7 +142,7 @@ def fuse_logits(
     differentiable = any(tensor.requires_grad for tensor in (*sources, weights, temperature))
     if differentiable and torch.is_grad_enabled() and out in ("logits", "log_probs", "probs"):
         if rows is not None:
-            sources = [sources[0][rows[:, k]] for k in range(num_sources)]
+            sources = [sources[0].index_select(0, rows[:, k]) for k in range(num_sources)]
         return autograd.FuseLogits.apply(weights, temperature, *arguments, *sources)
     return native.fuse_logits(sources, rows, weights, temperature, *draw, *arguments)[0]
 
@@ -190,9 +190,9 @@ def _vocab(op: str, vocab: int | None, sources: list[Tensor]) -> int:
     if vocab is None:
         if largest - smallest > MAX_VOCAB_GAP:
             k = sizes.index(smallest)
-            expected = f"at most {MAX_VOCAB_GAP} tokens short of the largest vocabulary {largest}"
+            expected = f"at most {MAX_VOCAB_GAP} tokens short of the largest vocabulary, {largest}"
             remedy = "check that the tokenizers are the same and give vocab=, the number of tokens they share"
-            raise shape_error(op, f"sources[{k}]", expected, sources[k], remedy)
+            raise value_error(op, f"sources[{k}]", expected, smallest, remedy)
         return smallest
     if not 1 <= vocab <= smallest:
         k = sizes.index(smallest)

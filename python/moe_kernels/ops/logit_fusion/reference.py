@@ -71,7 +71,7 @@ def fuse(
 ) -> Tensor:
     """The fused and filtered logits [num_rows, vocab_size]; a broken row is NaN."""
     if rows is not None:
-        sources = [sources[0][rows[:, k]] for k in range(rows.shape[1])]
+        sources = [sources[0].index_select(0, rows[:, k]) for k in range(rows.shape[1])]
     dtype = torch.float64 if sources[0].dtype == torch.float64 else torch.float32
     sources = [source[:, :vocab_size].to(dtype) for source in sources]
     weights = weights.to(dtype)
@@ -159,6 +159,8 @@ def fuse_logits(
     keep: list[float],
     out: str,
 ) -> Tensor:
+    if out in ("logits", "log_probs", "probs"):
+        temperature = temperature.masked_fill(temperature == 0, torch.nan)  # a token has a limit at 0, these have none
     z = fuse(sources, rows, weights, temperature, vocab_size, mixture, anchor, neg_inf, mask, floor, keep)
     if out == "logits":
         return z
