@@ -9,6 +9,7 @@ OPS = (
     "permute",
     "grouped_gemm",
     "routed_lora",
+    "logit_fusion",
     "call_overhead",
     "build",
 )

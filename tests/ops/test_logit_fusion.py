@@ -47,7 +47,7 @@ def inputs(fusion: dict, num_rows: int, vocab_size: int, dtype: torch.dtype) -> 
     sources = [3 * torch.randn(num_rows, vocab_size).to(dtype) for _ in weights]
     return [
         *sources,
-        # a factor for each source: with one for all, sums of low-precision logits tie and filters see them rounded apart
+        # a factor each: one for all lets sums of low-precision logits tie, and filters see those rounded apart
         torch.tensor(weights, dtype=acc) * (1 + 0.1 * torch.rand(num_rows, len(weights), dtype=acc)),
         torch.full((num_rows,), temperature, dtype=acc),
     ]
