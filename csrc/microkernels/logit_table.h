@@ -33,7 +33,7 @@ struct FusedRow {
   bool anchored;    // where a negative weight meets -inf the anchor stands alone
   Acc weight_sum;   // over all sources
   Acc temperature;
-  Acc shift;  // taken off the result before it is rounded
+  Acc shift;  // of chosen tokens: taken off the result before it is rounded; else 0
 };
 
 constexpr int64_t kLogitBlock = 512;         // tokens whose sum of exponentials runs in Acc; longer sums in double
@@ -59,8 +59,8 @@ struct LogitKernels {
   Acc (*exp_sum)(const Acc* z, int64_t n, Acc shift);
   // exps[i] = exp(z[i] - shift)
   void (*exponentials)(const Acc* z, int64_t n, Acc shift, Acc* exps);
-  // z[i] -= shift
-  void (*subtract)(Acc* z, int64_t n, Acc shift);
+  // z[i] = (z[i] - first) - second
+  void (*subtract)(Acc* z, int64_t n, Acc first, Acc second);
   // appends first + i for z[i] >= bound; returns how many there were
   int64_t (*at_least)(const Acc* z, int64_t n, Acc bound, int32_t first, int32_t* tokens);
   // counts[b] and masses[b], sums of exp(z - largest), of the values above -inf in each bucket; masses may be null

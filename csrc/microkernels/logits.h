@@ -77,9 +77,63 @@ MOE_INLINE bool gather_logits(const LogitSource<Acc>& source, const int32_t* tok
   return all_below_inf(out, n);
 }
 
-// Products are exact and added in double: what is left of the sum after its large parts cancel is rounded once.
+// z[i] += weight * source, or = where it is the first; what is -inf under a negative weight makes z -inf. False
+// where a logit is not below +inf.
+template <bool kFirst, bool kNegative, class T, class Acc = acc_t<T>>
+MOE_INLINE bool add_source(const LogitSource<Acc>& source, int64_t begin, int64_t n, Acc* z) {
+  constexpr int kN = kLanes<Acc>;
+  const T* row = static_cast<const T*>(source.row) + begin;
+  const Vec<Acc> limit = broadcast(static_cast<Acc>(INFINITY)), none = broadcast(kNegInf<Acc>);
+  const Vec<Acc> weight = broadcast(source.weight), floor = broadcast(source.floor);
+  auto below = limit > none;
+  int64_t i = 0;
+  for (; i + kN <= n; i += kN) {
+    Vec<Acc> x = load_converted(row + i);
+    below &= x < limit;
+    if constexpr (kNegative) x = x < floor ? floor : x;
+    Vec<Acc> sum = kFirst ? weight * x : load(z + i) + weight * x;
+    if constexpr (kNegative) sum = x == none ? none : sum;
+    store(z + i, sum);
+  }
+  bool all = true;
+  for (int lane = 0; lane < kN; ++lane) all &= below[lane] != 0;
+  for (; i < n; ++i) {
+    Acc x = to_acc(row[i]);
+    all &= x < static_cast<Acc>(INFINITY);
+    if (kNegative && x < source.floor) x = source.floor;
+    const Acc sum = kFirst ? source.weight * x : z[i] + source.weight * x;
+    z[i] = kNegative && x == kNegInf<Acc> ? kNegInf<Acc> : sum;
+  }
+  return all;
+}
+
+// All tokens of a block, source by source: products and sums in Acc, one rounding each.
 template <class Acc>
-MOE_INLINE bool combine_linear(const FusedRow<Acc>& row, const int32_t* tokens, int64_t begin, int64_t n, Acc* z) {
+MOE_INLINE bool combine_dense(const FusedRow<Acc>& row, int64_t begin, int64_t n, Acc* z) {
+  bool usable = true;
+  for (const LogitSource<Acc>*source = row.sources, *end = source + row.num_sources; source < end; ++source)
+    with_logit_dtype(source->dtype, [&]<class T>() {
+      if constexpr (__is_same(acc_t<T>, Acc)) {
+        const bool is_first = source == row.sources, is_negative = source->weight < 0;
+        if (is_first)
+          usable &= is_negative ? add_source<true, true, T>(*source, begin, n, z)
+                                : add_source<true, false, T>(*source, begin, n, z);
+        else
+          usable &= is_negative ? add_source<false, true, T>(*source, begin, n, z)
+                                : add_source<false, false, T>(*source, begin, n, z);
+      }
+    });
+  if (row.num_sources == 0)
+    for (int64_t i = 0; i < n; ++i) z[i] = 0;
+  if (row.temperature != 1)
+    for (int64_t i = 0; i < n; ++i) z[i] /= row.temperature;
+  return usable;
+}
+
+// Chosen tokens, and the anchor's rule: products are exact and added in double, what is left after large parts cancel is
+// rounded once.
+template <class Acc>
+MOE_INLINE bool combine_exact(const FusedRow<Acc>& row, const int32_t* tokens, int64_t begin, int64_t n, Acc* z) {
   constexpr double kNone = kNegInf<double>;
   Acc x[kLogitBlock];
   double sum[kLogitBlock], undefined[kLogitBlock];
@@ -147,20 +201,24 @@ MOE_INLINE bool combine_mixture(const FusedRow<Acc>& row, const int32_t* tokens,
 
 template <class Acc>
 static bool combine(const FusedRow<Acc>& row, const int32_t* tokens, int64_t begin, int64_t n, Acc* z) {
-  return row.mixture ? combine_mixture(row, tokens, begin, n, z) : combine_linear(row, tokens, begin, n, z);
+  if (row.mixture) return combine_mixture(row, tokens, begin, n, z);
+  return tokens == nullptr && !row.anchored ? combine_dense(row, begin, n, z) : combine_exact(row, tokens, begin, n, z);
 }
 
 template <class Acc>
 static Acc largest(const Acc* z, int64_t n) {
   constexpr int kN = kLanes<Acc>;
-  Vec<Acc> top = broadcast(kNegInf<Acc>);
+  const Vec<Acc> none = broadcast(kNegInf<Acc>);
+  Vec<Acc> tops[4] = {none, none, none, none};  // a chain of its own each: a maximum takes four cycles
   int64_t i = 0;
-  for (; i + kN <= n; i += kN) {
-    const Vec<Acc> x = load(z + i);
-    top = x > top ? x : top;
-  }
+  for (; i + 4 * kN <= n; i += 4 * kN)
+    for (int chain = 0; chain < 4; ++chain) {
+      const Vec<Acc> x = load(z + i + chain * kN);
+      tops[chain] = x > tops[chain] ? x : tops[chain];
+    }
   Acc result = kNegInf<Acc>;
-  for (int lane = 0; lane < kN; ++lane) result = top[lane] > result ? top[lane] : result;
+  for (const Vec<Acc>& top : tops)
+    for (int lane = 0; lane < kN; ++lane) result = top[lane] > result ? top[lane] : result;
   for (; i < n; ++i) result = z[i] > result ? z[i] : result;
   return result;
 }
@@ -200,8 +258,8 @@ static Acc exp_sum(const Acc* z, int64_t n, Acc shift) {
 }
 
 template <class Acc>
-static void subtract(Acc* z, int64_t n, Acc shift) {
-  for (int64_t i = 0; i < n; ++i) z[i] -= shift;
+static void subtract(Acc* z, int64_t n, Acc first, Acc second) {
+  for (int64_t i = 0; i < n; ++i) z[i] = (z[i] - first) - second;
 }
 
 template <class Acc>

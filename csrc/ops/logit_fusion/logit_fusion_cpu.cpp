@@ -85,8 +85,7 @@ class RowFusion {
       const int64_t size = std::min(kLogitBlock, num_tokens_ - begin);
       if (settings_.out == LogitOut::log_probs) {
         // in two steps: the largest logit may be far larger than the logarithm of the sum
-        logit_kernels<Acc>().subtract(z_ + begin, size, total_.top);
-        logit_kernels<Acc>().subtract(z_ + begin, size, static_cast<Acc>(std::log(total_.sum)));
+        logit_kernels<Acc>().subtract(z_ + begin, size, total_.top, static_cast<Acc>(std::log(total_.sum)));
       } else if (settings_.out == LogitOut::probs) {
         logit_kernels<Acc>().exponentials(z_ + begin, size, total_.top, z_ + begin);
         microkernels<Acc>().scale(z_ + begin, static_cast<Acc>(1 / total_.sum), z_ + begin, size);
