@@ -133,28 +133,40 @@ MOE_INLINE float float_of_bits(uint32_t bits) {
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23
 
 // One block; zero past its values.
-template <int kDigits>
-static void fix_block(const float* values, int16_t* digits, int64_t stride, float* unit, float worth) {
-  uint32_t largest = 0, bits[kUnitSteps];
-  std::memcpy(bits, values, sizeof bits);
-  for (int i = 0; i < kUnitSteps; ++i) largest = (bits[i] & 0x7fffffffu) > largest ? bits[i] & 0x7fffffffu : largest;
-  // the largest value becomes an integer of 15 bits, or of 29
-  constexpr uint32_t kBits = kDigits == 1 ? 14 : 28, kSmallest = kBits + 1;
-  const uint32_t exponent = largest >> 23 > kSmallest ? largest >> 23 : kSmallest;
-  const bool finite = exponent < 255;
-  *unit = finite ? float_of_bits((exponent - kBits) << 23) * worth : __builtin_nanf("");
-  const float inverse = finite ? float_of_bits((254 + kBits - exponent) << 23) : 0;
-  for (int i = 0; i < kUnitSteps; ++i) {
-    float x = finite ? values[i] * inverse : 0;
-    float rounded;
+template <int kDigits, class T>
+static void fix_block(const T* values, int64_t n, int16_t* digits, int64_t stride, float* unit, float worth) {
+  typedef int16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+  constexpr int kN = kLanes<float>, kVectors = kUnitSteps / kN;
+  Vec<float> x[kVectors];
+  VecI32 largest{};
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t left = n - v * kN;
+    x[v] = left >= kN ? load_converted(values + v * kN) : left > 0 ? load_converted_partial(values + v * kN, left) : Vec<float>{};
+    const VecI32 magnitude = (VecI32)x[v] & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  int32_t most = 0;
+  for (int lane = 0; lane < kN; ++lane) most = largest[lane] > most ? largest[lane] : most;
+  // the largest value becomes an integer of 15 bits, or of 29; where it is not finite the unit is NaN, whatever the digits
+  constexpr int32_t kBits = kDigits == 1 ? 14 : 28;
+  const int32_t exponent = most >> 23 > kBits ? most >> 23 : kBits + 1;
+  *unit = exponent < 255 ? float_of_bits(static_cast<uint32_t>(exponent - kBits) << 23) * worth : __builtin_nanf("");
+  const Vec<float> inverse = broadcast(float_of_bits(static_cast<uint32_t>(254 + kBits - exponent) << 23));
+  const auto put = [&](int digit, int v, Vec<float> rounded) {
+    const Half low = __builtin_convertvector((VecI32)rounded, Half);
+    std::memcpy(digits + digit * stride + v * kN, &low, sizeof low);
+  };
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) {
+    Vec<float> scaled = x[v] * inverse;
     if constexpr (kDigits == 2) {
       constexpr float kDigit = 1 << kDigitBits;
-      rounded = x * (1 / kDigit) + kRounder;
-      digits[i] = static_cast<int16_t>(__builtin_bit_cast(uint32_t, rounded));
-      x -= (rounded - kRounder) * kDigit;
+      const Vec<float> high = scaled * (1 / kDigit) + kRounder;
+      put(0, v, high);
+      scaled = scaled - (high - kRounder) * kDigit;
     }
-    rounded = x + kRounder;
-    digits[(kDigits - 1) * stride + i] = static_cast<int16_t>(__builtin_bit_cast(uint32_t, rounded));
+    put(kDigits - 1, v, scaled + kRounder);
   }
 }
 
@@ -168,9 +180,7 @@ static void fix_rows(const T* const* rows, int64_t m, int64_t group_size, int64_
       int64_t end = group_end < chunk_end ? group_end : chunk_end;
       if (end > k0 + depth) end = k0 + depth;
       over_blocks(begin, end, [&](int64_t k, int64_t block_end) {
-        float values[kUnitSteps] = {};
-        convert(rows[row] + k, values, block_end - k);
-        fix_block<kD>(values, out.digits + row * kD * out.stride + k - k0, out.stride,
+        fix_block<kD>(rows[row] + k, block_end - k, out.digits + row * kD * out.stride + k - k0, out.stride,
                       out.units + row * out.units_stride + (k - k0) / kUnitBegin, worth);
       });
       begin = end;

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -192,7 +193,8 @@ def _pack_experts(
 ) -> QuantizedWeights:
     """One expert at a time, so that little memory is needed beside the result."""
     size = expert_bytes(format, group_size, num_splits, *shape[1:])
-    data = torch.zeros(shape[0], size, dtype=torch.uint8, device=like.device)
+    # numpy asks for huge pages where an array is large: fewer look-ups of addresses while weights are read
+    data = torch.from_numpy(np.empty((shape[0], size), np.uint8)).to(like.device).zero_()
     for index in range(shape[0]):
         pack(*expert(index), format, group_size, num_splits, interleaved, data[index])
     return QuantizedWeights(data, shape, format, group_size, num_splits, interleaved)
