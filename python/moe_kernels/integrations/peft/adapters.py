@@ -1,65 +1,14 @@
-"""PEFT adapters in mixed batches: :func:`load_peft_adapters`.
-
-Reads what PEFT writes (adapter_config.json, adapter_model.safetensors; layouts of PEFT 0.21's LoraLayer) without PEFT.
-Whatever would change the result and is not understood is an error: an adapter that is silently ignored is the most
-common complaint about other servers.
-"""
+"""PEFT adapters in mixed batches: :func:`load_peft_adapters`."""
 
 import json
-import math
-import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from moe_kernels.integrations.peft.folder import Adapter, ModuleAdapter, read_adapter
 from moe_kernels.nn import AdapterPool, AdapterRouting, MultiLoRAEmbedding, MultiLoRALinear
-
-_PREFIX = "base_model.model."
-#: parameter suffix in the file -> the factor it holds
-_SUFFIXES = {
-    "lora_A.weight": "a",
-    "lora_B.weight": "b",
-    "lora_embedding_A": "a",
-    "lora_embedding_B": "b",
-    "lora_magnitude_vector": "magnitude",
-    "lora_magnitude_vector.weight": "magnitude",
-}
-#: settings that change what the weights mean, and the values under which they do not
-_PLAIN_SETTINGS = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "lora_bias": (False,),
-    "modules_to_save": (None, []),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "layer_replication": (None, []),
-    "alora_invocation_tokens": (None, []),
-    "use_qalora": (False,),
-    "arrow_config": (None,),
-    # others replace the base weight (pissa, olora, corda, kasa, loftq): the adapter alone is then not the difference
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
-}
-
-
-@dataclass
-class _Module:
-    """An adapter's tensors for one module."""
-
-    a: Tensor
-    b: Tensor
-    scaling: float
-    magnitude: Tensor | None
-    keys: dict[str, str]  # factor -> key in the file
-
-
-@dataclass
-class _Adapter:
-    config: dict
-    modules: dict[str, _Module]
 
 
 def load_peft_adapters(
@@ -92,7 +41,7 @@ def load_peft_adapters(
             have, a target without weights, a rank or shape that does not fit; it names the adapter and the key, and
             the model is left as it was.
     """
-    loaded = {name: _read(name, Path(path), model, allow_other_base) for name, path in adapters.items()}
+    loaded = {name: read_adapter(name, Path(path), model, allow_other_base) for name, path in adapters.items()}
     if not loaded:
         raise ValueError("load_peft_adapters: adapters must be at least one name and folder, got none")
     ranks = [module.a.shape[0] for adapter in loaded.values() for module in adapter.modules.values()]
@@ -116,7 +65,7 @@ class PeftAdapters:
         self._model, self._num_slots, self._max_rank, self._num_rows = model, num_slots, max_rank, num_rows
         self._allow_other_base = allow_other_base
         self._slots: dict[str, int] = {}
-        self._adapters: dict[str, _Adapter] = {}
+        self._adapters: dict[str, Adapter] = {}
         self._layers: dict[str, MultiLoRALinear | MultiLoRAEmbedding] = {}
         self.routing = AdapterRouting()
 
@@ -124,6 +73,30 @@ class PeftAdapters:
     def names(self) -> list[str]:
         """The adapters that are there."""
         return list(self._slots)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The factors of all adapters, in two tensors a layer, for an optimizer; frozen until ``requires_grad_``.
+
+        Sequences of a batch train their own adapters: an optimizer that treats elements alone, and does nothing where
+        the gradient was always zero (Adam without weight decay), trains each as if it were alone.
+        """
+        for layer in self._layers.values():
+            yield from layer.pool.parameters()
+
+    def requires_grad_(self, requires_grad: bool = True) -> "PeftAdapters":
+        """Whether the adapters are trained. DoRA's magnitudes are not: its row scale is made when it is loaded.
+
+        Raises:
+            ValueError: a DoRA adapter is loaded and would be trained.
+        """
+        for name, adapter in self._adapters.items():
+            if requires_grad and any(module.magnitude is not None for module in adapter.modules.values()):
+                raise ValueError(
+                    f"PeftAdapters: adapter {name!r} must be without DoRA to be trained, got use_dora=True"
+                )
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad)
+        return self
 
     def use(self, names: Sequence[str | None] | None) -> None:
         """Says which adapter each sequence of the next batch uses; None is the base model alone.
@@ -144,7 +117,7 @@ class PeftAdapters:
 
     def add(self, name: str, path: str | Path) -> None:
         """Loads one more adapter, or replaces the one of this name; the others keep their bits."""
-        self._fill(name, _read(name, Path(path), self._model, self._allow_other_base))
+        self._fill(name, read_adapter(name, Path(path), self._model, self._allow_other_base))
 
     def evict(self, name: str) -> None:
         """Frees an adapter's rows. A batch that still names it is refused."""
@@ -182,7 +155,7 @@ class PeftAdapters:
             raise ValueError(f"PeftAdapters: adapter must be one that is loaded ({loaded}), got {name!r}")
         return self._slots[name]
 
-    def _fill(self, name: str, adapter: _Adapter) -> None:
+    def _fill(self, name: str, adapter: Adapter) -> None:
         slot = self._slots.get(name)
         if slot is None:
             free = sorted(set(range(self._num_slots)) - set(self._slots.values()))
@@ -226,91 +199,12 @@ class PeftAdapters:
         return (MultiLoRAEmbedding if embedding else MultiLoRALinear)(module, pool, self.routing)
 
     @staticmethod
-    def _factors(layer: nn.Module, module: _Module) -> tuple[Tensor, Tensor]:
+    def _factors(layer: nn.Module, module: ModuleAdapter) -> tuple[Tensor, Tensor]:
         pool = layer.pool
         return tuple(tensor.to(pool.lora_a.device) for tensor in (module.a, module.b))
 
 
-def _dora_gain(weight: Tensor, module: _Module) -> Tensor:
+def _dora_gain(weight: Tensor, module: ModuleAdapter) -> Tensor:
     """``m / |W + s B A|`` of each row, in float32."""
     full = weight.detach().float() + module.scaling * (module.b.float() @ module.a.float()).to(weight.device)
     return (module.magnitude.float().to(weight.device) / full.norm(dim=1)).to(weight.dtype)
-
-
-def _error(adapter: str, what: str, expected: str, actual: object, remedy: str = "") -> ValueError:
-    message = f"load_peft_adapters: {what} of adapter {adapter!r} must be {expected}, got {actual}"
-    return ValueError(message + (f"; {remedy}" if remedy else ""))
-
-
-def _read(name: str, path: Path, model: nn.Module, allow_other_base: bool) -> _Adapter:
-    """An adapter's folder, checked against the model."""
-    from safetensors.torch import load_file
-
-    config_file, weights_file = path / "adapter_config.json", path / "adapter_model.safetensors"
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise _error(name, "folder", f"one with {file.name}", path)
-    config = json.loads(config_file.read_text())
-    for setting, allowed in _PLAIN_SETTINGS.items():
-        if config.get(setting, allowed[0]) not in allowed:
-            raise _error(name, setting, " or ".join(map(repr, allowed)), repr(config[setting]))
-    base, own = config.get("base_model_name_or_path"), getattr(getattr(model, "config", None), "_name_or_path", "")
-    if base and own and base != own and not allow_other_base:
-        raise _error(name, "base model", own, base, "pass allow_other_base=True to add it to this one")
-    parts: dict[str, dict[str, tuple[str, Tensor]]] = {}
-    for key, tensor in load_file(weights_file).items():
-        matched = next((suffix for suffix in _SUFFIXES if key.endswith("." + suffix)), None)
-        if matched is None or not key.startswith(_PREFIX):
-            raise _error(name, "key", f"{_PREFIX}<module>.<one of {', '.join(_SUFFIXES)}>", key)
-        module = key.removeprefix(_PREFIX).removesuffix("." + matched)
-        parts.setdefault(module, {})[_SUFFIXES[matched]] = (key, tensor)
-    if not parts:
-        raise _error(name, "file", "one with LoRA weights", weights_file)
-    modules = {module: _module(name, module, found, config, model) for module, found in parts.items()}
-    targets = config.get("target_modules")
-    for target in targets if isinstance(targets, list) else []:
-        if not any(module == target or module.endswith("." + target) for module in modules):
-            raise _error(name, "target_modules", "modules that have weights", repr(target))
-    return _Adapter(config, modules)
-
-
-def _module(adapter: str, name: str, found: dict[str, tuple[str, Tensor]], config: dict, model: nn.Module) -> _Module:
-    for factor in ("a", "b"):
-        if factor not in found:
-            raise _error(adapter, f"module {name}", f"there with both factors, lora_{factor.upper()} too", list(found))
-    try:
-        layer = model.get_submodule(name)
-    except AttributeError:
-        raise _error(adapter, "key", "of a module of the model", found["a"][0]) from None
-    layer = getattr(layer, "base_layer", layer)
-    if not isinstance(layer, nn.Linear | nn.Embedding):
-        raise _error(adapter, f"module {name}", "a Linear or an Embedding", type(layer).__name__)
-    a, b = found["a"][1], found["b"][1]
-    out, width = layer.weight.shape if isinstance(layer, nn.Linear) else layer.weight.shape[::-1]
-    rank = _pattern(config.get("rank_pattern"), name, config["r"])
-    if a.shape != (rank, width):
-        raise _error(adapter, found["a"][0], f"of shape [rank={rank}, in={width}]", list(a.shape))
-    if b.shape != (out, rank):
-        raise _error(adapter, found["b"][0], f"of shape [out={out}, rank={rank}]", list(b.shape))
-    for factor, (key, tensor) in found.items():
-        if factor != "magnitude" and tensor.dtype != layer.weight.dtype:
-            remedy = "save the adapter in the model's dtype, or cast the model"
-            raise _error(adapter, key, f"of the base's dtype {layer.weight.dtype}", tensor.dtype, remedy)
-    magnitude = found.get("magnitude", (None, None))[1]
-    if bool(config.get("use_dora")) != (magnitude is not None):
-        raise _error(adapter, f"module {name}", f"saved with use_dora={config.get('use_dora')}", list(found))
-    if magnitude is not None and not isinstance(layer, nn.Linear):
-        raise _error(adapter, f"module {name}", "a Linear where use_dora is set", type(layer).__name__)
-    if magnitude is not None and magnitude.shape != (out,):
-        raise _error(adapter, found["magnitude"][0], f"of shape [out={out}]", list(magnitude.shape))
-    alpha = _pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
-    scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    return _Module(a, b, scaling, magnitude, {factor: key for factor, (key, _) in found.items()})
-
-
-def _pattern(patterns: dict | None, module: str, default: float) -> float:
-    """The first pattern that the module's name ends with, as PEFT matches them."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
