@@ -179,3 +179,70 @@ def test_adapter_of_another_base(tmp_path):
     with pytest.raises(ValueError, match="base model of adapter 'old' must be new-base, got old-base"):
         load_peft_adapters(model, {"old": folder})
     assert load_peft_adapters(model, {"old": folder}, allow_other_base=True).names == ["old"]
+
+
+def test_maps_of_layers_in_a_mixed_batch(tmp_path):
+    from moe_kernels.nn import LayerMap
+
+    model, tokens = Model(), torch.randint(0, 30, (4, 3))
+    both = [q_proj(0) | q_proj(1) for _ in range(2)]
+    folders = {name: write(tmp_path / name, tensors) for name, tensors in zip(("one", "two"), both, strict=True)}
+    served = load_peft_adapters(model, folders)
+    served.define("swap", LayerMap({r"layers\.0": {"one": 1.0}, r"layers\.1": {"one": 0.5, "two": 0.5}}))
+    served.define("mean", LayerMap({"": {"one": 0.5, "two": 0.5}}))
+    served.use(["swap", "two", None, "mean"])
+    with torch.no_grad():
+        out = model(tokens)
+        for row, shares in enumerate(([(1, 0), (0.5, 0.5)], [(0, 1)] * 2, [(0, 0)] * 2, [(0.5, 0.5)] * 2)):
+            results = []
+            for cast in (torch.Tensor.double, torch.Tensor.float):
+                merged = Model().to(cast(torch.ones(1)).dtype)
+                merged.load_state_dict(served_state(served, model))
+                for layer, weights in enumerate(shares):
+                    for weight, tensors in zip(weights, both, strict=True):
+                        a, b = (cast(tensors[f"{PREFIX}layers.{layer}.q_proj.lora_{f}.weight"]) for f in "AB")
+                        merged.layers[layer].q_proj.weight += weight * 2 * b @ a
+                results.append(merged(tokens[row]))
+            assert_close_to_reference(out[row], *results)
+        served.use(["two"] * 4)
+        assert torch.equal(model(tokens)[1], out[1])
+    with pytest.raises(ValueError, match="name must be none of the adapters', got 'one'"):
+        served.define("one", LayerMap({}))
+    with pytest.raises(ValueError, match="must be one that is loaded.*got 'three'"):
+        served.define("x", LayerMap({"": {"three": 1.0}}))
+    served.evict("one")
+    with pytest.raises(ValueError, match="must be one that is loaded.*got 'one'"):
+        served.use(["swap"] * 4)
+    assert torch.equal(model(tokens)[1], out[1])  # the batch that was set is still there
+
+
+PREFIX = "base_model.model."
+
+
+def served_state(served, model) -> dict:
+    """The base model's own weights."""
+    own = {key: value for key, value in model.state_dict().items() if "pool" not in key}
+    return {key.replace("base_layer.", ""): value for key, value in own.items()}
+
+
+def test_a_patch_on_a_newer_base_and_how_far_that_is(tmp_path):
+    from moe_kernels.integrations.peft import fingerprint
+
+    old, tensors = Model(), q_proj()
+    new = Model()
+    new.load_state_dict(old.state_dict())
+    with torch.no_grad():
+        new.layers[0].q_proj.weight += 0.01
+    served = load_peft_adapters(new, {"patch": write(tmp_path / "patch", tensors)}, allow_other_base=True)
+    (name, change), *others = served.compare_bases("patch", old).items()
+    assert name == "layers.0.q_proj" and not others
+    before, after = old.layers[0].q_proj.weight.detach(), new.layers[0].q_proj.weight.detach()
+    a, b = (tensors[f"{PREFIX}{name}.lora_{f}.weight"].double() for f in "AB")
+    matrices = before.double(), after.double() - before.double(), 2 * b @ a
+    for found, matrix in zip((change.weight, change.change, change.patch), matrices, strict=True):
+        exact = matrix.norm()
+        assert_close_to_reference(torch.tensor(found).float(), exact, exact.float())
+    assert change.old_fingerprint == fingerprint(before) != change.new_fingerprint == fingerprint(after.clone())
+    assert fingerprint(before) != fingerprint(before.T.contiguous().T.reshape(24, 6))
+    with pytest.raises(ValueError, match="old_base must be a model with module layers.0.q_proj, got none"):
+        served.compare_bases("patch", nn.Linear(2, 2))

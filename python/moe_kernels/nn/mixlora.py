@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from moe_kernels import route, routed_lora
+from moe_kernels import balance_loss, route, routed_lora
 
 
 class MixLoRAFeedForward(nn.Module):
@@ -36,6 +36,7 @@ class MixLoRAFeedForward(nn.Module):
                 raise ValueError(f"MixLoRAFeedForward: {name} must be a Linear without bias, got one with a bias")
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
         self.top_k, self.scaling = top_k, scaling
+        self._choice: tuple[Tensor, Tensor] | None = None
         hidden, like = gate_proj.in_features, dict(dtype=gate_proj.weight.dtype, device=gate_proj.weight.device)
         self.router = nn.Linear(hidden, num_experts, bias=False, **like)
         self.lora_a, self.lora_b_rows = nn.ParameterDict(), nn.ParameterDict()
@@ -49,9 +50,20 @@ class MixLoRAFeedForward(nn.Module):
         """[num_experts, out, rank] of "gate", "up" or "down"."""
         return self.lora_b_rows[name].transpose(1, 2)
 
+    def aux_loss(self, token_mask: Tensor | None = None, *, coefficient: float = 1e-3) -> Tensor:
+        """``coefficient * num_experts * sum_e F_e P_e`` of the last batch in training (Switch's loss, Mixtral's scale).
+
+        F_e is how many of a token's choices are e, P_e the mean probability of e.
+        """
+        if self._choice is None:
+            raise RuntimeError("MixLoRAFeedForward: aux_loss must be called after a forward in training mode, got none")
+        return coefficient * balance_loss(*self._choice, token_mask=token_mask)
+
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(0, -2)
-        ids, weights = route(self.router(tokens), self.top_k, renormalize=True)
+        logits = self.router(tokens)
+        ids, weights = route(logits, self.top_k, renormalize=True)
+        self._choice = (logits, ids) if self.training else None
 
         def pairs(name: str, base: Tensor) -> Tensor:  # [num_tokens, top_k, intermediate]
             factors = self.lora_a[name], self.lora_b(name)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from moe_kernels import route, routed_lora
+from moe_kernels import balance_loss, localized_balance_loss, route, routed_lora
 from moe_kernels._checks import shape_error, value_error
 
 
@@ -139,7 +139,52 @@ class LoRAMoERouter(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_adapters, in_features))
         nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self._weights: Tensor | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         weights = (x @ self.weight.to(x.dtype).T).float().softmax(-1)
+        self._weights = weights if self.training else None
         return torch.arange(weights.shape[1], dtype=torch.int32, device=x.device).expand(weights.shape), weights
+
+    def balance_loss(self, expert_types: Tensor, sample_types: Tensor, *, delta: float = 0.1, form="paper") -> Tensor:
+        """:func:`moe_kernels.localized_balance_loss` of the last batch in training, whose samples are equally long."""
+        weights = _of_training("LoRAMoERouter", self._weights)
+        importance = weights.unflatten(0, (len(sample_types), -1)).sum(1)
+        return localized_balance_loss(importance, expert_types, sample_types, delta=delta, form=form)
+
+
+class NullAdapterRouter(nn.Module):
+    """MoLA with AdaMoE's null experts (arXiv 2406.13233): the top k of true and null adapters; nulls are no work.
+
+    Softmax over all; the chosen true adapters share weight 1, and a token that chose nulls alone keeps its base.
+
+    Args:
+        top_k: chosen of ``num_adapters + num_null``, so that a token has from 0 to ``top_k`` adapters.
+    """
+
+    def __init__(self, in_features: int, num_adapters: int, num_null: int, top_k: int = 2):
+        super().__init__()
+        if not 1 <= top_k <= num_adapters + num_null:
+            raise value_error("NullAdapterRouter", "top_k", f"in [1, {num_adapters + num_null}]", top_k)
+        self.num_null, self.top_k = num_null, top_k
+        self.weight = nn.Parameter(torch.empty(num_adapters + num_null, in_features))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))
+        self._logits: Tensor | None = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = (x @ self.weight.to(x.dtype).T).float()
+        self._logits = logits if self.training else None
+        ids, weights = route(logits, self.top_k, num_null_experts=self.num_null, renormalize=True)
+        return torch.where(ids < len(self.weight) - self.num_null, ids, -1), weights
+
+    def balance_loss(self, token_mask: Tensor | None = None) -> Tensor:
+        """Switch's loss of the last batch in training; nulls share the mean of their load."""
+        logits = _of_training("NullAdapterRouter", self._logits)
+        chosen = logits.topk(self.top_k, dim=1).indices
+        return balance_loss(logits, chosen, token_mask=token_mask, num_null_experts=self.num_null)
+
+
+def _of_training(op: str, kept: Tensor | None) -> Tensor:
+    if kept is None:
+        raise RuntimeError(f"{op}: balance_loss must be called after a forward in training mode, got none")
+    return kept

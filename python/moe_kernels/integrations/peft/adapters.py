@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from moe_kernels.integrations.peft.bases import BaseChange, base_change
 from moe_kernels.integrations.peft.folder import Adapter, ModuleAdapter, read_adapter
-from moe_kernels.nn import AdapterPool, AdapterRouting, MultiLoRAEmbedding, MultiLoRALinear
+from moe_kernels.nn import AdapterPool, AdapterRouting, LayerMap, MultiLoRAEmbedding, MultiLoRALinear
 
 
 def load_peft_adapters(
@@ -67,6 +68,7 @@ class PeftAdapters:
         self._slots: dict[str, int] = {}
         self._adapters: dict[str, Adapter] = {}
         self._layers: dict[str, MultiLoRALinear | MultiLoRAEmbedding] = {}
+        self._maps: dict[str, LayerMap] = {}
         self.routing = AdapterRouting()
 
     @property
@@ -101,19 +103,71 @@ class PeftAdapters:
     def use(self, names: Sequence[str | None] | None) -> None:
         """Says which adapter each sequence of the next batch uses; None is the base model alone.
 
+        Args:
+            names: adapters, or maps that :meth:`define` made.
+
         Raises:
-            ValueError: a name that is not loaded.
+            ValueError: a name that is not loaded, or a map that names an adapter that is not loaded any more.
         """
         if names is None:
-            return self.routing.set(None)
+            return self._share(None)
         device = next(self._model.parameters()).device
-        ids = torch.tensor([-1 if name is None else self._slot(name) for name in names], dtype=torch.int32)
-        self.routing.set(ids.to(device))
+        if not any(name in self._maps for name in names):
+            ids = torch.tensor([-1 if name is None else self._slot(name) for name in names], dtype=torch.int32)
+            return self._share(ids.to(device))
+        rows = {}
+        for module_name in self._layers:
+            of_names = [
+                self._maps[name](module_name) if name in self._maps else {} if name is None else {name: 1.0}
+                for name in names
+            ]
+            top_k = max(1, max(map(len, of_names)))
+            ids = torch.full((len(names), top_k), -1, dtype=torch.int32)
+            weights = torch.zeros(len(names), top_k)
+            for row, found in enumerate(of_names):
+                for k, (adapter, weight) in enumerate(found.items()):
+                    ids[row, k], weights[row, k] = self._slot(adapter), weight
+            rows[module_name] = ids.to(device), weights.to(device)
+        self.routing.set(None)  # for layers that later adapters bring
+        for module_name, row in rows.items():  # only now: a name that is not loaded leaves the last batch's in place
+            layer = self._layers[module_name]
+            layer.routing = AdapterRouting()
+            layer.routing.set(*row)
+
+    def define(self, name: str, layers: LayerMap) -> None:
+        """Gives a mixture of loaded adapters, which may differ from layer to layer, a name for :meth:`use`.
+
+        Raises:
+            ValueError: the name of an adapter, or a map that names one that is not loaded.
+        """
+        if name in self._slots:
+            raise ValueError(f"PeftAdapters: name must be none of the adapters', got {name!r}")
+        for adapter in layers.adapters:
+            self._slot(adapter)
+        self._maps[name] = layers
+
+    @torch.no_grad()
+    def compare_bases(self, name: str, old_base: nn.Module) -> dict[str, BaseChange]:
+        """How far this model's weights are from those that an adapter was trained on, beside the adapter's own size.
+
+        PortLLM (arXiv 2410.10870) adds the patch of an old base to an updated one, ``W'' = W' + s B A``, which
+        :func:`load_peft_adapters` does with ``allow_other_base``; this is what to look at before trusting it.
+
+        Returns:
+            Module -> :class:`BaseChange`, with fingerprints of both weights.
+        """
+        self._slot(name)
+        return {
+            module_name: base_change(
+                module_name, old_base, self._layers[module_name].weight, module.a, module.b, module.scaling
+            )
+            for module_name, module in self._adapters[name].modules.items()
+        }
 
     def mix(self, names: Sequence[str], weights: Tensor) -> None:
         """Every sequence uses all of ``names``, with ``weights`` [batch, len(names)]."""
         ids = torch.tensor([self._slot(name) for name in names], dtype=torch.int32, device=weights.device)
-        self.routing.set(ids.expand(weights.shape), weights)
+        self._share(ids.expand(weights.shape), weights)
 
     def add(self, name: str, path: str | Path) -> None:
         """Loads one more adapter, or replaces the one of this name; the others keep their bits."""
@@ -146,8 +200,14 @@ class PeftAdapters:
         """Takes all adapters away: the model has its own layers again."""
         for name, layer in self._layers.items():
             self._model.set_submodule(name, layer.base_layer)
-        self._layers, self._slots, self._adapters = {}, {}, {}
+        self._layers, self._slots, self._adapters, self._maps = {}, {}, {}, {}
         return self._model
+
+    def _share(self, adapter_ids: Tensor | None, adapter_weights: Tensor | None = None) -> None:
+        """One routing for all layers."""
+        self.routing.set(adapter_ids, adapter_weights)
+        for layer in self._layers.values():
+            layer.routing = self.routing
 
     def _slot(self, name: str) -> int:
         if name not in self._slots:
