@@ -61,7 +61,7 @@ test-isas: $(VENV)/installed
 	set -e; for isa in $$($(VENV)/bin/python -c 'from moe_kernels import _host; print(*_host.runnable_isas()[:-1])'); do \
 	  echo "MOE_KERNELS_CPU_ISA=$$isa"; \
 	  MOE_KERNELS_CPU_ISA=$$isa $(VENV)/bin/python $(PYTEST) tests/ops \
-	    -k "not compile and not export and not simt and not triton"; \
+	    -k "not compile and not export and not simt and not ptx and not triton"; \
 	done
 
 test-cpu-torch: $(VENV_CPU)/installed

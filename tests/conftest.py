@@ -27,13 +27,21 @@ def backend(kernel_id, request, monkeypatch):
     """Name of the backend, ready for use: kernels are there, new tensors are made where they run.
 
     ids: native-cpu, native-cuda, triton-cuda; triton-cpu is Triton's interpreter (TRITON_INTERPRET=1); native-simt is
-    the CUDA source on the CPU (tests/gpu/shim).
+    the CUDA source on the CPU (tests/gpu/shim); native-ptx and triton-ptx are the compiled kernels in the PTX interpreter.
     """
     name, device = kernel_id.split("-")
     if device == "simt":
         from tests.gpu.shim import library
 
         reason = library.missing_reason()
+    elif kernel_id == "native-ptx":
+        from tests.gpu import ptx_ops
+
+        reason = ptx_ops.missing_reason()
+    elif kernel_id == "triton-ptx":
+        from tests.gpu import triton_on_ptx
+
+        reason = triton_on_ptx.missing_reason()
     else:
         reason = _dispatch.missing_reason(getattr(request.module, "OP", ""), name, device)
     if device == "cuda" and not torch.cuda.is_available():
@@ -42,6 +50,10 @@ def backend(kernel_id, request, monkeypatch):
         pytest.skip(f"{kernel_id}: {reason}")
     if device == "simt":
         library.redirect(monkeypatch)
+    elif kernel_id == "native-ptx":
+        ptx_ops.redirect(monkeypatch)
+    elif kernel_id == "triton-ptx":
+        triton_on_ptx.redirect(monkeypatch)
     elif kernel_id == "triton-cpu":
         from tests.gpu import triton_interpreter
 

@@ -74,7 +74,10 @@ void launch(const DeviceScope& scope, void (*kernel)(Params...), dim3 grid, dim3
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 #else
   (void)scope;
-  simt::launch(grid, block, shared_bytes, [&] { kernel(static_cast<Params>(args)...); });
+  [&](Params... values) {
+    simt::launch({grid, block, shared_bytes, reinterpret_cast<const void*>(kernel), {{&values, sizeof values}...}},
+                 [&] { kernel(values...); });
+  }(static_cast<Params>(args)...);
 #endif
 }
 

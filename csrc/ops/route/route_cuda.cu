@@ -12,6 +12,9 @@ namespace moe {
 namespace {
 
 constexpr int kWarps = 4;  // tokens of a block
+// Blocks that must fit on a multiprocessor: without a number ptxas aims at fewer registers than there are, and spills.
+template <class Acc>
+constexpr int kMinBlocks = sizeof(Acc) == 8 ? 2 : 4;
 constexpr double kEpsilon = 1e-20;  // as in reference.py
 constexpr int64_t kMaxSharedBytes = 48 << 10;  // what every GPU gives without asking
 
@@ -158,7 +161,7 @@ __device__ __forceinline__ void keep_best_groups(Row<Acc, kPerLane>& choice, Acc
 }
 
 template <class T, int kPerLane>
-__global__ void __launch_bounds__(kWarps* kWarpSize)
+__global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks<acc_t<T>>)
     route_kernel(Logits<T> logits, FloatsRef expert_bias,                 // [num_experts] or null
                  acc_t<T>* __restrict__ workspace,                        // [num_tokens, num_experts], where kPerLane is 0
                  int32_t* __restrict__ topk_ids,                          // [num_tokens, top_k]
@@ -212,9 +215,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 }
 
 // Weights of experts that something else chose.
-// at least 4 blocks on a multiprocessor: without a number ptxas aims at 32 registers and spills one
 template <class T, int kPerLane>
-__global__ void __launch_bounds__(kWarps* kWarpSize, 4)
+__global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks<acc_t<T>>)
     route_weights_kernel(Logits<T> logits, const int32_t* __restrict__ topk_ids,  // [num_tokens, top_k]
                          acc_t<T>* __restrict__ workspace,                        // as in route_kernel
                          acc_t<T>* __restrict__ topk_weights,                     // [num_tokens, top_k]
@@ -240,7 +242,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, 4)
 }
 
 template <class T, int kPerLane>
-__global__ void __launch_bounds__(kWarps* kWarpSize)
+__global__ void __launch_bounds__(kWarps* kWarpSize, kMinBlocks<acc_t<T>>)
     route_bwd_kernel(Logits<T> logits, const int32_t* __restrict__ topk_ids,  // [num_tokens, top_k]
                      const acc_t<T>* __restrict__ grad_weights,               // [num_tokens, top_k]
                      acc_t<T>* __restrict__ workspace,                        // as in route_kernel

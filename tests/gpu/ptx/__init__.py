@@ -8,7 +8,7 @@ the other, so a block may not wait for a later one.
 from .bulk import TensorMap
 from .compiler import Fault
 from .counters import Counters, report
-from .launch import compile_ptx, run_ptx
+from .launch import compile_ptx, execute, run_ptx
 from .parser import PtxError
 
-__all__ = ["Counters", "Fault", "PtxError", "TensorMap", "compile_ptx", "report", "run_ptx"]
+__all__ = ["Counters", "Fault", "PtxError", "TensorMap", "compile_ptx", "execute", "report", "run_ptx"]

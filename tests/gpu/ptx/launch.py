@@ -102,7 +102,7 @@ def _granule(kernel: Kernel) -> int:
     return min(widths)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=256)
 def compile_ptx(ptx_text: str, kernel_name: str | None = None) -> Program:
     return Program(parse(ptx_text, kernel_name))
 
@@ -110,7 +110,7 @@ def compile_ptx(ptx_text: str, kernel_name: str | None = None) -> Program:
 class Launch:
     """One grid: its memory, its parameters, its counters."""
 
-    def __init__(self, program: Program, grid, block, args, shared_bytes, max_steps, uninitialized):
+    def __init__(self, program: Program, grid, block, args, shared_bytes, max_steps, uninitialized, pointed_to=()):
         self.program, self.grid, self.block, self.shared_bytes = program, grid, block, shared_bytes
         self.counters, self.max_steps, self.steps = Counters(), max_steps, 0
         self.issues = np.zeros(len(program.code), np.int64)
@@ -122,7 +122,10 @@ class Launch:
             address = self.memory.add_bytes(max(variable.size, 1), variable.initial, variable.align)
             program.offsets[variable] = address
         self.parameter_space = Space("parameter", max(program.parameter_size, 16))
-        raw = self._pack(args, {id(tensor) for tensor in uninitialized})
+        uninitialized = {id(tensor) for tensor in uninitialized}
+        for tensor in pointed_to:
+            self.memory.add(tensor, written=id(tensor) not in uninitialized)
+        raw = self._pack(args, uninitialized)
         self.parameter_space.allow(0, program.parameter_size, written=True)
         self.parameter_space.data[: len(raw)] = np.frombuffer(raw, np.uint8)
         self.global_space = self.memory.freeze()
@@ -140,6 +143,8 @@ class Launch:
                 value = self.memory.add(value, written=id(value) not in uninitialized)
             elif hasattr(value, "encode_for"):
                 value = value.encode_for(self)
+            elif isinstance(value, bytes):
+                value = self.memory.translate(value)
             at = self.program.offsets[parameter]
             raw[at : at + parameter.size] = _pack_value(parameter, value)
         return bytes(raw)
@@ -178,7 +183,25 @@ def run_ptx(
     uninitialized=(),
     max_steps: int = 2_000_000,
 ) -> Counters:
-    """Executes one launch of a kernel and returns what it counted.
+    """Executes one launch of a kernel and returns what it counted, as :func:`execute` does."""
+    options = dict(uninitialized=uninitialized, max_steps=max_steps)
+    return execute(ptx_text, kernel_name, grid, block, args, shared_bytes, seed, **options).counters
+
+
+def execute(
+    ptx_text: str,
+    kernel_name: str | None,
+    grid,
+    block,
+    args,
+    shared_bytes: int = 0,
+    seed: int | None = None,
+    *,
+    uninitialized=(),
+    pointed_to=(),
+    max_steps: int = 2_000_000,
+) -> Launch:
+    """Executes one launch of a kernel and returns it, with what it counted and what it left unwritten.
 
     Every access is checked for bounds, alignment and unwritten bytes; shared memory for races between warps; barriers
     and warp collectives for threads that do not come. What is wrong raises :class:`Fault`, whose message names the PTX
@@ -193,7 +216,8 @@ def run_ptx(
             right for the scratch pointers that Triton appends.
         shared_bytes: dynamic shared memory; for Triton ``metadata.shared``.
         seed: None runs blocks and warps in their order, a number in a random one, and lanes of atomics too.
-        uninitialized: tensors of ``args`` that the kernel must write before it reads.
+        uninitialized: tensors that the kernel must write before it reads.
+        pointed_to: tensors whose addresses on the host stand in ``args`` of ``bytes``, as a program passes them.
         max_steps: instructions of thread groups until a livelock is reported.
     """
     program = compile_ptx(ptx_text, kernel_name)
@@ -206,7 +230,7 @@ def run_ptx(
         raise ValueError(f"run_ptx: grid must be within (2**31 - 1, 65535, 65535) and not empty, got {grid}")
     if len(args) > len(program.kernel.parameters):
         raise ValueError(f"run_ptx: args must have {len(program.kernel.parameters)} entries, got {len(args)}")
-    launch = Launch(program, grid, block, args, shared_bytes, max_steps, uninitialized)
+    launch = Launch(program, grid, block, args, shared_bytes, max_steps, uninitialized, pointed_to)
     generator = None if seed is None else np.random.default_rng(seed)
     blocks = [(x, y, z) for z, y, x in itertools.product(*(range(n) for n in reversed(grid)))]
     if generator is not None:
@@ -219,10 +243,11 @@ def run_ptx(
                 launch.machine.run()
     finally:
         launch.memory.write_back()
-    return _finish(launch)
+    _finish(launch)
+    return launch
 
 
-def _finish(launch: Launch) -> Counters:
+def _finish(launch: Launch) -> None:
     counters = launch.counters
     counters.read_unique_sectors = int(launch.sectors_read.sum())
     counters.write_unique_sectors = int(launch.sectors_written.sum())
@@ -232,4 +257,3 @@ def _finish(launch: Launch) -> Counters:
             counters.by_class[classify(instruction.opcode)] += int(count)
     counters.instructions = int(launch.issues.sum())
     counters.conflicts_by_line = launch.conflicts
-    return counters

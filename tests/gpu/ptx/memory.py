@@ -114,6 +114,23 @@ class GlobalMemory:
             self._written.append((start, extent, written))
         return self.base + start
 
+    def translate(self, raw: bytes) -> bytes:
+        """``raw`` with device addresses for the host addresses, at multiples of 8, of tensors that were added."""
+        words = bytearray(raw)
+        for at in range(0, len(raw) - 7, 8):
+            host = int.from_bytes(raw[at : at + 8], "little")
+            for tensor, start in self.tensors:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() <= host < storage.data_ptr() + storage.nbytes():
+                    words[at : at + 8] = (self.base + start + host - storage.data_ptr()).to_bytes(8, "little")
+        return bytes(words)
+
+    def is_written(self, tensor) -> bool:
+        """Whether every byte of a contiguous tensor was written, by the host or by the kernel."""
+        start = self.storages[tensor.untyped_storage().data_ptr()] + tensor.storage_offset() * tensor.element_size()
+        state = self.space.state[start : start + tensor.numel() * tensor.element_size()]
+        return bool((state & WRITTEN).all())
+
     def add_bytes(self, size: int, initial: bytes, align: int) -> int:
         start = self.reserve(size, max(align, 16))
         self._written.append((start, size, True))

@@ -86,12 +86,16 @@ def store(m, space: str, offsets, ids, values, width: int, strong: bool = False)
     if space == "param":
         raise Fault("out of bounds", "a write to the kernel's parameters", np.ones(len(ids), np.bool_))
     memory, window = _window(m, space, ids)
-    memory.store(offsets, window, values, width)
     total = width * values.shape[1]
+    if space == "shared":
+        elements, data = memory.locate(offsets, window, width, values.shape[1]), memory._data[width]
+        repeated = (data[elements] == values).all(1)
+    memory.store(offsets, window, values, width)
     if space == "global":
         count_global(m, offsets, ids, total, True)
     elif space == "shared":
-        m.shadow.write(offsets + window * memory.stride, total, ids, m.warp_of[ids], strong)
+        agrees = (data[elements] == values).all(1)
+        m.shadow.write(offsets + window * memory.stride, total, ids, m.warp_of[ids], strong, repeated, agrees)
         count_shared(m, offsets, ids, total)
 
 

@@ -8,6 +8,9 @@ the copy engine, and a copy or a wgmma in flight has clock ``IN_FLIGHT``, which 
 warp, a read of what another lane wrote needs a warp barrier between them; a write after another lane's read is not
 looked for.
 
+Two writes of the same bits are no race: Triton has all warps write what all of them hold. A reader is then held to the
+last of them alone.
+
 The async proxy (wgmma, TMA) sees what the generic proxy wrote only after ``fence.proxy.async``: a second clock for each
 warp holds how far such fences have covered.
 
@@ -56,7 +59,7 @@ class RaceShadow:
         offset = int(granules[tuple(at)] << self.shift) % self.space.stride
         return Fault("race", f"{kind} at shared offset {offset:#x}; last writer: thread {other}", threads[bad.any(1)])
 
-    def _check_write_seen(self, granules, threads, warps, atomic, what) -> None:
+    def _check_write_seen(self, granules, threads, warps, atomic, what, exempt=None) -> None:
         clock, agent = self.write_clock[granules], self.write_agent[granules]
         seen = self.seen[warps[:, None], agent]
         own = self.own[warps][:, None]
@@ -66,6 +69,8 @@ class RaceShadow:
         bad = unseen | same_warp
         if atomic:
             bad &= ~self.write_atomic[granules]
+        if exempt is not None:
+            bad &= ~exempt[:, None] | (clock >= IN_FLIGHT)
         if bad.any():
             in_flight = clock[bad].max() >= IN_FLIGHT
             raise self._race(
@@ -91,19 +96,25 @@ class RaceShadow:
         if unseen.any():
             raise self._race("a write over an unsynchronised read", unseen, granules, threads)
 
-    def write(self, flat, total: int, threads, warps, atomic: bool = False) -> None:
+    def write(
+        self, flat, total: int, threads, warps, atomic: bool = False, repeated: np.ndarray | None = None,
+        agrees: np.ndarray | None = None,
+    ) -> None:  # fmt: skip
+        """``repeated``: the bits stood there before; ``agrees``: they stand there when all threads have written."""
         granules = self.granules(flat, total)
-        self._check_write_seen(granules, threads, warps, atomic, "a write over")
+        self._check_write_seen(granules, threads, warps, atomic, "a write over", repeated)
         self._check_reads_seen(granules, threads, warps)
-        self._record_write(granules, threads, warps, self.seen[warps, self.own[warps]][:, None], atomic)
+        self._record_write(granules, threads, warps, self.seen[warps, self.own[warps]][:, None], atomic, agrees)
 
-    def _record_write(self, granules, threads, warps, clock, atomic=False) -> None:
+    def _record_write(self, granules, threads, warps, clock, atomic=False, agrees=None) -> None:
         self.write_agent[granules] = self.own[warps][:, None]
         self.write_clock[granules] = clock
         self.write_thread[granules] = threads[:, None]
         self.write_atomic[granules] = atomic
         if not atomic:
             bad = self.write_thread[granules] >> 5 != threads[:, None] >> 5
+            if agrees is not None:
+                bad &= ~agrees[:, None]
             if bad.any():
                 raise self._race("writes of two warps in one instruction", bad, granules, threads)
 

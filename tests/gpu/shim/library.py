@@ -41,7 +41,7 @@ def _flags(source: Path, flavour: str) -> list[str]:
     flags = list(FLAVOURS[flavour])
     if source.name == "simt.cpp" and flavour == "tsan":
         flags = ["-O1", "-g", "-DSIMT_TSAN"]
-    return ["-x", "c++", "-std=c++20", "-fPIC", *flags, *WARNINGS]
+    return ["-x", "c++", "-std=c++20", "-fPIC", "-fno-ipa-icf", *flags, *WARNINGS]
 
 
 def _run(command: list[str]) -> bytes:
@@ -117,10 +117,10 @@ def op_names() -> list[str]:
     return [name for source in cuda_sources() for name in re.findall(r'm\.impl\("(\w+)"', source.read_text())]
 
 
-def redirect(monkeypatch) -> None:
+def redirect(monkeypatch, namespace: str = NAMESPACE) -> None:
     """Makes the handles in the rooms' native.py those of the CUDA kernels on the CPU."""
     load()
     for module in native_modules():
         for name in op_names():
             if hasattr(module, name):
-                monkeypatch.setattr(module, name, getattr(getattr(torch.ops, NAMESPACE), name).default)
+                monkeypatch.setattr(module, name, getattr(getattr(torch.ops, namespace), name).default)

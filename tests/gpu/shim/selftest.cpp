@@ -81,9 +81,9 @@ int main(int argc, char** argv) {
   int total = 0;
   std::vector<int> out((kBlocks + 1) * kThreads);
   try {
-    simt::launch(dim3(kBlocks), dim3(is("too_many_threads") ? 1025 : kThreads), is("too_much_shared") ? 300000 : 0,
+    simt::launch({dim3(kBlocks), dim3(is("too_many_threads") ? 1025 : kThreads), is("too_much_shared") ? 300000u : 0u},
                  [&] { sum_kernel(in.data(), is("read_past_the_end") ? kChunks + 1 : kChunks, &total); });
-    simt::launch(dim3(kBlocks), dim3(kThreads), 0, [&] { overlap_kernel(out.data()); });
+    simt::launch({dim3(kBlocks), dim3(kThreads)}, [&] { overlap_kernel(out.data()); });
   } catch (const std::exception& error) {
     std::fprintf(stderr, "%s\n", error.what());
     return 2;

@@ -215,6 +215,7 @@ const std::function<void()>* kernel;
 std::string failure;
 char launch_sync, end_sync;
 uint64_t seed;
+Launcher launcher;
 std::mt19937_64 random_bits;
 std::mutex one_launch;  // current and block are global
 
@@ -416,8 +417,15 @@ void check_limits(dim3 grid, dim3 dims, size_t dynamic_bytes) {
 
 }  // namespace
 
-void launch(dim3 grid, dim3 dims, size_t dynamic_bytes, const std::function<void()>& body) {
+void launch(const Launch& launch, const std::function<void()>& body) {
+  const auto [grid, dims, dynamic_bytes, address, parameters] = launch;
   check_limits(grid, dims, dynamic_bytes);
+  if (launcher != nullptr) {
+    const unsigned sizes[] = {grid.x, grid.y, grid.z, dims.x, dims.y, dims.z};
+    if (!launcher(sizes, dynamic_bytes, address, parameters.data(), parameters.size()))
+      throw std::runtime_error("simt: the launcher found an error");
+    return;
+  }
   const std::lock_guard<std::mutex> lock(one_launch);
   make_fibers(dims.x * dims.y * dims.z);
 #if defined(SIMT_TSAN)
@@ -534,3 +542,6 @@ void wait_copies(size_t groups_left) {
 
 // Another seed is another order of blocks and threads.
 extern "C" __attribute__((visibility("default"))) void simt_set_seed(uint64_t value) { simt::seed = value; }
+
+// Sends launches elsewhere; null brings them back.
+extern "C" __attribute__((visibility("default"))) void simt_set_launcher(simt::Launcher value) { simt::launcher = value; }

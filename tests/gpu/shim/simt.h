@@ -67,8 +67,25 @@ extern Thread* current;
 constexpr unsigned kMaxThreads = 1024;
 constexpr size_t kMaxSharedBytes = 232448;
 
-// Runs `kernel` for every thread of the grid. Throws std::runtime_error with the report of the first error.
-void launch(dim3 grid, dim3 block, size_t dynamic_shared_bytes, const std::function<void()>& kernel);
+struct Parameter {
+  const void* data;
+  size_t bytes;
+};
+
+struct Launch {
+  dim3 grid, block;
+  size_t dynamic_shared_bytes = 0;
+  const void* kernel = nullptr;  // the library's symbols have its name at this address
+  std::vector<Parameter> parameters = {};
+};
+
+// Runs `body`, the kernel with its arguments, for every thread of the grid. Throws std::runtime_error with the report of
+// the first error.
+void launch(const Launch& launch, const std::function<void()>& body);
+
+// Something else that runs launches (tests/gpu/ptx_ops.py); returns whether it did so without an error.
+using Launcher = bool (*)(const unsigned* grid_and_block, size_t dynamic_shared_bytes, const void* kernel,
+                          const Parameter* parameters, size_t num_parameters);
 
 // Block-wide array of the running block, allocated when its first thread comes by; `key` tells arrays apart.
 void* shared_array(const void* key, const char* name, size_t bytes);

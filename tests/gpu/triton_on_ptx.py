@@ -1,0 +1,110 @@
+"""Triton kernels, ours and other people's, launched on CPU tensors: a driver for Triton whose device is the PTX
+interpreter. Triton specialises, compiles and caches as for a GPU of compute capability 8.0.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+from . import build
+from .ptx import run_ptx
+from .ptx_ops import Launched, collect
+
+CAPABILITY = 80
+
+
+def missing_reason() -> str | None:
+    return build.missing_triton()
+
+
+class _Launcher:
+    """What Triton calls to launch one compiled kernel."""
+
+    def __init__(self, source, metadata):
+        self.metadata = metadata
+        from triton.runtime.cache import get_cache_manager
+
+        # the PTX lies beside the machine code in Triton's cache
+        self.ptx = Path(get_cache_manager(metadata.hash).get_file(f"{source.name}.ptx")).read_text()
+        # constants and what Triton specialised to a constant are no parameters of the PTX
+        self.is_parameter = [kind != "constexpr" for kind in source.signature.values()]
+
+    def __call__(self, x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *arguments):
+        parameters = [argument for argument, used in zip(arguments, self.is_parameter, strict=True) if used]
+        block = 32 * self.metadata.num_warps
+        counters = run_ptx(self.ptx, self.metadata.name, (x, y, z), block, parameters, self.metadata.shared)
+        collect(Launched(self.metadata.name, (x, y, z), (block, 1, 1), counters))
+
+
+class _Utils:
+    def load_binary(self, name, kernel, shared, device):
+        registers, spills, max_threads = 0, 0, 1024
+        return None, None, registers, spills, max_threads
+
+    def unload_module(self, module):
+        pass
+
+    def get_device_properties(self, device):
+        return dict(max_shared_mem=163 * 1024, multiprocessor_count=108, warpSize=32, max_num_regs=65536)
+
+
+@functools.cache
+def driver():
+    """The one driver of this kind."""
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+
+    class PtxDriver(DriverBase):
+        utils, launcher_cls = _Utils(), _Launcher
+
+        @classmethod
+        def is_active(cls):
+            return True
+
+        def map_python_to_cpp_type(self, type_):
+            raise NotImplementedError("launches have no C++ side here")
+
+        def get_current_device(self):
+            return 0
+
+        def set_current_device(self, device):
+            pass
+
+        def get_current_stream(self, device):
+            return 0
+
+        def get_current_target(self):
+            return GPUTarget("cuda", CAPABILITY, 32)
+
+        def get_device_capability(self, device=0):
+            return divmod(CAPABILITY, 10)
+
+        def get_active_torch_device(self):
+            import torch
+
+            return torch.device("cpu")
+
+        def get_benchmarker(self):
+            # an autotuner takes the configuration that issues the fewest instructions
+            from .ptx_ops import counting
+
+            def instructions(call, quantiles=None, **_):
+                with counting() as launches:
+                    call()
+                issued = float(sum(launched.counters.instructions for launched in launches))
+                return issued if quantiles is None else [issued] * len(quantiles)
+
+            return instructions
+
+    return PtxDriver()
+
+
+def redirect(monkeypatch) -> None:
+    """Lets ``backend="triton"`` take CPU tensors, and runs what it launches in the interpreter."""
+    from triton.runtime.driver import driver as drivers
+
+    from moe_kernels import _dispatch
+
+    monkeypatch.setattr(_dispatch, "_TRITON_INTERPRETS", True)
+    monkeypatch.setattr(drivers, "_active", driver())
