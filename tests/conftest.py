@@ -27,7 +27,8 @@ def backend(kernel_id, request, monkeypatch):
     """Name of the backend, ready for use: kernels are there, new tensors are made where they run.
 
     ids: native-cpu, native-cuda, triton-cuda; triton-cpu is Triton's interpreter (TRITON_INTERPRET=1); native-simt is
-    the CUDA source on the CPU (tests/gpu/shim); native-ptx and triton-ptx are the compiled kernels in the PTX interpreter.
+    the CUDA source on the CPU (tests/gpu/shim); native-ptx and triton-ptx are the compiled kernels in the PTX
+    interpreter.
     """
     name, device = kernel_id.split("-")
     if device == "simt":

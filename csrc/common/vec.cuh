@@ -11,6 +11,18 @@ struct alignas(sizeof(T) * kCount) Vec {
   T values[kCount];
 };
 
+// One memory instruction for a vector: nvcc stores a struct of 2-byte elements one by one.
+template <class V>
+__device__ __forceinline__ void store_vec(V* to, const V& value) {
+  if constexpr (sizeof(V) == 16) {
+    Vec<uint32_t, 4> bits;
+    memcpy(&bits, &value, sizeof bits);
+    *reinterpret_cast<Vec<uint32_t, 4>*>(to) = bits;
+  } else {
+    *to = value;
+  }
+}
+
 template <class T>
 constexpr int kVecElements = 16 / static_cast<int>(sizeof(T));
 

@@ -5,9 +5,10 @@ What cannot be compiled here (no nvcc, no Triton) is left out; the tests say so.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from . import build
+from . import build, shipped
 from .static_gate import Configuration, Limits, from_cuda, from_triton
 
 SOURCES = Path(__file__).parent / "sources"
@@ -25,6 +26,30 @@ def cuda_configurations() -> list[Configuration]:
             Limits(registers=128, min_occupancy=0.25, at_least={"tensor": 4, "async copy": 3}), ("sm_90a",),
         ),
     ]  # fmt: skip
+
+
+#: threads of a block, and 128-bit accesses in the variant that moves vectors
+SHIPPED_KERNELS = {
+    "permute": (256, 8), "unpermute": (256, 2), "unpermute_bwd": (256, 3),
+    "plan_count": (256, 0), "plan_scan": (1024, 0), "plan_scatter": (256, 0),
+    "route": (128, 0), "route_weights": (128, 0), "route_bwd": (128, 0),
+}  # fmt: skip
+
+
+def shipped_configurations() -> list[Configuration]:
+    """Every kernel of libmoe_kernels_cuda.so, as it lies there: nothing is compiled here."""
+    return [_shipped(key, name) for key, (_, name) in shipped.ptx().items()]
+
+
+def _shipped(key: str, name: str) -> Configuration:
+    kernel, arguments = re.search(r"GLOBAL__N_1\d+([a-z_]+)_kernel(?:I(.*?)EEv|E)", key).groups()
+    threads, wide = SHIPPED_KERNELS[kernel]
+    # Vec<unsigned, 4>, or more than one element in a vector
+    moves_vectors = wide and re.search(r"VecIjLi4E" if kernel == "permute" else r"Li[248]E$", arguments)
+    at_most = {"local": 0, "float atomic": 0} | ({} if arguments and arguments.startswith("d") else {"fp64": 0})
+    limits = Limits(min_occupancy=0.25, at_least={"128-bit global": wide} if moves_vectors else {}, at_most=at_most)
+    shown = f"{kernel} {arguments or ''}".replace("NS_", "").strip()
+    return Configuration(shown, name, threads, lambda arch: (shipped.cubins(arch)[key][0], 0), limits)
 
 
 def triton_configurations() -> list[Configuration]:
@@ -57,5 +82,6 @@ def triton_configurations() -> list[Configuration]:
 
 CONFIGURATIONS = [
     *(cuda_configurations() if build.missing_nvcc() is None else []),
+    *(shipped_configurations() if shipped.missing_reason() is None else []),
     *(triton_configurations() if build.missing_triton() is None else []),
 ]

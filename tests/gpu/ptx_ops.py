@@ -88,8 +88,8 @@ class _Host:
     def __init__(self):
         self.library = library.load()
         symbols = subprocess.run(["nm", self.library._name], check=True, capture_output=True, text=True).stdout
-        addresses = {name: int(at, 16) for at, kind, name in (line.split() for line in symbols.splitlines() if line[0] != " ")
-                     if kind in "tTW"}  # fmt: skip
+        lines = (line.split() for line in symbols.splitlines() if not line.startswith(" "))
+        addresses = {name: int(at, 16) for at, kind, name in lines if kind in "tTW"}
         here = ctypes.cast(self.library.simt_set_launcher, ctypes.c_void_p).value
         base = here - addresses["simt_set_launcher"]
         self.names = {base + at: shipped.plain_name(name) for name, at in addresses.items() if "_kernel" in name}

@@ -28,7 +28,7 @@ def missing_reason() -> str | None:
 
 
 def plain_name(mangled: str) -> str:
-    """A kernel's name without the name that nvcc gives the file's anonymous namespace; g++ calls it ``_GLOBAL__N_1``."""
+    """A kernel's name as g++ has it: nvcc gives the anonymous namespace the name of its file."""
     match = re.match(r"_ZN3moe(\d+)(_GLOBAL__N_\w*)", mangled)
     return f"_ZN3moe12_GLOBAL__N_1{match[2][int(match[1]) :]}" if match else mangled
 

@@ -8,6 +8,7 @@ Sources: CUDA Occupancy Calculator (allocation granularities); CUDA C++ Programm
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -116,12 +117,18 @@ def _tool(name: str, *arguments: str) -> str:
     return done.stdout
 
 
-def sass(cubin: bytes, kernel: str) -> list[str]:
-    """The instructions of one kernel, predicates and addresses stripped."""
+@functools.lru_cache(maxsize=32)
+def _dump(cubin: bytes, what: str) -> str:
+    """What cuobjdump says of all kernels of a file."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = _tool("cuobjdump", "-sass", file.name)
+        return _tool("cuobjdump", what, file.name)
+
+
+def sass(cubin: bytes, kernel: str) -> list[str]:
+    """The instructions of one kernel, predicates and addresses stripped."""
+    text = _dump(cubin, "-sass")
     part = re.split(r"^\s*Function : ", text, flags=re.M)
     body = next((piece for piece in part[1:] if piece.split()[0] == kernel), None)
     if body is None:
@@ -132,10 +139,7 @@ def sass(cubin: bytes, kernel: str) -> list[str]:
 
 def resources(cubin: bytes, kernel: str) -> dict[str, int]:
     """``REG``, ``STACK``, ``SHARED``, ``LOCAL`` of one kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = _tool("cuobjdump", "-res-usage", file.name)
+    text = _dump(cubin, "-res-usage")
     match = re.search(rf"Function {re.escape(kernel)}:\s*\n?\s*(REG:.*)", text)
     if match is None:
         raise RuntimeError(f"no kernel {kernel} in this cubin:\n{text}")

@@ -59,21 +59,32 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   using Acc = acc_t<T>;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
   const int64_t column = (static_cast<int64_t>(blockIdx.y) * kWarpSize + threadIdx.x) * kVec;
-  if (token >= num_tokens || column >= hidden_size) return;
+  if (token >= num_tokens) return;
+  const bool inside = column < hidden_size;
   Acc sums[kVec] = {};
+  for (int64_t k0 = 0; k0 < top_k; k0 += kWarpSize) {
+    // each lane reads one pair's row and weight, so that the warp reads them once
+    const int64_t k = k0 + threadIdx.x;
+    int row_of_lane = k < top_k ? permuted_rows[token * top_k + k] : -1;
+    if (row_of_lane < 0 || row_of_lane >= num_rows) row_of_lane = -1;
+    Acc weight_of_lane = 1;
+    if (row_of_lane >= 0 && topk_weights.data != nullptr) weight_of_lane = topk_weights.load<Acc>(token, k);
+    const int num_pairs = static_cast<int>(top_k - k0 < kWarpSize ? top_k - k0 : kWarpSize);
 #pragma unroll 4
-  for (int64_t k = 0; k < top_k; ++k) {
-    const int64_t row = permuted_rows[token * top_k + k];
-    if (row < 0 || row >= num_rows) continue;
-    const Acc weight = topk_weights.data == nullptr ? Acc{1} : topk_weights.load<Acc>(token, k);
-    const auto picked = *reinterpret_cast<const Vec<T, kVec>*>(rows + row * row_stride + column);
+    for (int pair = 0; pair < num_pairs; ++pair) {
+      const int64_t row = __shfl_sync(kAllLanes, row_of_lane, pair);
+      const Acc weight = __shfl_sync(kAllLanes, weight_of_lane, pair);
+      if (row < 0 || !inside) continue;
+      const auto picked = *reinterpret_cast<const Vec<T, kVec>*>(rows + row * row_stride + column);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) sums[i] += weight * to_acc(picked.values[i]);
+      for (int i = 0; i < kVec; ++i) sums[i] += weight * to_acc(picked.values[i]);
+    }
   }
+  if (!inside) return;
   Vec<T, kVec> result;
 #pragma unroll
   for (int i = 0; i < kVec; ++i) result.values[i] = from_acc<T>(sums[i]);
-  *reinterpret_cast<Vec<T, kVec>*>(out + token * hidden_size + column) = result;
+  store_vec(reinterpret_cast<Vec<T, kVec>*>(out + token * hidden_size + column), result);
 }
 
 // One block for each token: grad_out[token] stays in registers while the token's rows pass by. The block also fills the
@@ -123,7 +134,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
             inner += g * to_acc(x.values[i]);
             scaled.values[i] = from_acc<T>(weight * g);
           }
-          *reinterpret_cast<V*>(grad_rows + row * hidden_size + column) = scaled;
+          store_vec(reinterpret_cast<V*>(grad_rows + row * hidden_size + column), scaled);
         }
         inner = warp_sum(inner);
         if (lane == 0) partial[pair * kWarps + warp] += inner;
@@ -141,7 +152,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     const int64_t source = source_rows[row];
     if (source >= 0 && source < num_tokens) continue;
     for (int64_t column = int64_t{thread} * kVec; column < hidden_size; column += int64_t{kThreads} * kVec)
-      *reinterpret_cast<V*>(grad_rows + row * hidden_size + column) = V{};
+      store_vec(reinterpret_cast<V*>(grad_rows + row * hidden_size + column), V{});
   }
 }
 

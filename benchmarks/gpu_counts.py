@@ -1,0 +1,210 @@
+"""Counts what GPU kernels do, without a GPU: ``python benchmarks/gpu_counts.py --shape A --tokens 16 256``.
+
+Our CUDA and Triton kernels and other people's Triton kernels run on the same inputs in the PTX interpreter of
+``tests/gpu/ptx``, and the results are compared with the reference. Per call:
+
+launches         kernels, and beside them the torch ops that would launch one (fills, copies); theirs are not counted on
+instructions     issued by warps
+read, write      32-byte sectors asked for by warp instructions; / floor: over what must move if each byte moves once
+memory           distinct sectors: what DRAM moves when the caches are perfect
+conflicts        shared-memory wavefronts beyond one for each phase
+
+Peers take part where they can be imported: ``pip install --no-deps --target DIR liger-kernel moe-ops`` and ``DIR`` on
+PYTHONPATH.
+"""
+
+import argparse
+import csv
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from datetime import date
+from pathlib import Path
+
+_HERE = Path(__file__).resolve().parent
+sys.path[:] = [str(_HERE.parent)] + [entry for entry in sys.path if Path(entry or ".").resolve() != _HERE]
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+from benchmarks.harness import check, commit  # noqa: E402
+from benchmarks.providers.base import installed_version  # noqa: E402
+from benchmarks.shapes import SHAPES, LayerShape  # noqa: E402
+from moe_kernels import permute, plan_dispatch, route, unpermute  # noqa: E402
+from tests.gpu import ptx_ops, triton_on_ptx  # noqa: E402
+
+#: aten ops that launch nothing on a GPU
+_SILENT = {"empty", "new_empty", "view", "_unsafe_view", "detach", "slice", "select", "as_strided", "expand", "t"}
+
+
+@dataclass
+class Row:
+    date: str
+    commit: str
+    op: str
+    shape: str
+    dtype: str
+    tokens: int
+    provider: str
+    version: str
+    launches: int
+    torch_ops: int
+    instructions: int
+    read_sectors: int
+    write_sectors: int
+    sectors_over_floor: float
+    memory_over_floor: float
+    conflicts: int
+    barriers: int
+    result: str
+
+
+@dataclass
+class Cell:
+    """One op on one input: who computes it, and the bytes that anybody has to move."""
+
+    op: str
+    floor_bytes: int
+    calls: dict[str, Callable[[], object]]
+    is_right: Callable[[str, object], bool]
+
+
+class _TorchOps(TorchDispatchMode):
+    """How many torch ops run that would launch a kernel of their own."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.namespace == "aten" and func.overloadpacket.__name__ not in _SILENT
+        return func(*args, **(kwargs or {}))
+
+
+def _import(name: str):
+    try:
+        __import__(name)
+        return sys.modules[name]
+    except Exception as error:  # whatever a peer does when it is imported is its own affair
+        print(f"{name} takes no part: {error}", file=sys.stderr)
+        return None
+
+
+def cells(shape: LayerShape, num_tokens: int, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(num_tokens, shape.num_experts, generator=generator)
+    topk_ids, weights = route(logits, shape.top_k, renormalize=True)
+    x = torch.randn(num_tokens, shape.hidden_size, generator=generator).to(dtype)
+    plan = plan_dispatch(topk_ids, shape.num_experts)
+    rows, num_pairs, size = permute(x, plan), topk_ids.numel(), dtype.itemsize
+    moe_ops, liger = _import("moe_ops.permute_ops"), _import("liger_kernel.ops.fused_moe")
+    ours = {"ours CUDA": "native", "ours Triton": "triton"}
+    plan_bytes = 4 * (3 * num_pairs + shape.num_experts + 1)
+    row_bytes, token_bytes = num_pairs * shape.hidden_size * size, num_tokens * shape.hidden_size * size
+
+    def same_plan(name, result) -> bool:
+        offsets, source_rows = (result[1], result[2]) if name == "Liger" else result[:2]
+        return torch.equal(offsets, plan.expert_offsets) and torch.equal(source_rows, plan.source_rows)
+
+    calls = {name: lambda b=b: plan_dispatch(topk_ids, shape.num_experts, backend=b) for name, b in ours.items()}
+    if liger:
+        calls["Liger"] = lambda: liger.compute_routing_metadata(topk_ids, shape.num_experts)
+    yield Cell("plan", plan_bytes, calls, same_plan)
+
+    def same_rows(name, result) -> bool:
+        if name != "moe-ops":
+            return torch.equal(result, rows)
+        moved, row_of = result[0], result[1].view(shape.top_k, num_tokens).T
+        return torch.equal(moved[row_of.long()], x[:, None].expand(-1, shape.top_k, -1))
+
+    def plan_and_permute(backend: str) -> Tensor:
+        return permute(x, plan_dispatch(topk_ids, shape.num_experts, backend=backend), backend=backend)
+
+    calls = {name: lambda b=b: plan_and_permute(b) for name, b in ours.items()}
+    if moe_ops:
+        calls["moe-ops"] = lambda: moe_ops.permute(x, topk_ids, E=shape.num_experts)
+    yield Cell("plan + permute", plan_bytes + 4 * num_pairs + token_bytes + row_bytes, calls, same_rows)
+
+    expected = unpermute(rows.double(), plan, weights.double(), backend="reference")
+    eager = unpermute(rows, plan, weights, backend="reference")
+    calls = {name: lambda b=b: unpermute(rows, plan, weights, backend=b) for name, b in ours.items()}
+    if moe_ops:
+        row_of = plan.permuted_rows.T.reshape(-1).contiguous()
+        from moe_ops.unpermute_ops import unpermute_forward
+
+        calls["moe-ops"] = lambda: unpermute_forward(rows, row_of, weights, num_tokens, shape.top_k)
+    if liger:
+        flat = (weights.reshape(-1), plan.permuted_rows.reshape(-1), num_tokens, shape.top_k, shape.hidden_size)
+        calls["Liger"] = lambda: liger._token_aggregation(rows, *flat)
+    right = lambda name, out: not check(out, expected, eager).wrong  # noqa: E731
+    yield Cell("unpermute", row_bytes + token_bytes + 8 * num_pairs, calls, right)
+
+    def same_choice(name, result) -> bool:
+        ids, picked = (result[1], result[0]) if name == "moe-ops" else result
+        return torch.equal(ids, topk_ids) and not check(picked, weights.double(), weights).wrong
+
+    calls = {name: lambda b=b: route(logits, shape.top_k, renormalize=True, backend=b) for name, b in ours.items()}
+    if moe_ops:
+        from moe_ops.fused_topk_softmax_ops import fused_topk_softmax
+
+        calls["moe-ops"] = lambda: fused_topk_softmax(logits, shape.top_k)
+    yield Cell("route", 4 * logits.numel() + 8 * num_pairs, calls, same_choice)
+
+
+VERSIONS = {"moe-ops": "moe-ops", "Liger": "liger-kernel"}
+
+
+def count(cell: Cell, shape: LayerShape, num_tokens: int, dtype: torch.dtype):
+    for name, call in cell.calls.items():
+        call()  # an autotuner tries its configurations now
+        with ptx_ops.counting() as launches, _TorchOps() as torch_ops:
+            result = call()
+        sums = {key: sum(getattr(launched.counters, key) for launched in launches)
+                for key in ("instructions", "read_sectors", "write_sectors", "sectors", "unique_sectors",
+                            "bank_conflicts", "barriers")}  # fmt: skip
+        floor = cell.floor_bytes / 32
+        distribution = VERSIONS.get(name)
+        yield Row(
+            date.today().isoformat(), commit(), cell.op, shape.name, str(dtype)[6:], num_tokens, name,
+            installed_version(distribution) if distribution else "", len(launches),
+            torch_ops.count, sums["instructions"], sums["read_sectors"], sums["write_sectors"],
+            round(sums["sectors"] / floor, 3), round(sums["unique_sectors"] / floor, 3), sums["bank_conflicts"],
+            sums["barriers"], "right" if cell.is_right(name, result) else "wrong",
+        )  # fmt: skip
+
+
+def main() -> int:
+    """Returns 1 where one of our own results was wrong, else 0."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="A", choices=SHAPES)
+    parser.add_argument("--tokens", nargs="+", type=int, default=[16, 256])
+    parser.add_argument("--csv", type=Path, default=_HERE / "results" / "gpu_counts.csv")
+    parser.add_argument("--no-csv", action="store_true", help="print only")
+    options = parser.parse_args()
+    for reason in (ptx_ops.missing_reason(), triton_on_ptx.missing_reason()):
+        if reason:
+            parser.error(reason)
+    shape, dtype, rows = SHAPES[options.shape], torch.bfloat16, []
+    shown = [field.name for field in fields(Row)][2:]
+    print(" | ".join(shown))
+    for num_tokens in options.tokens:
+        inputs = list(cells(shape, num_tokens, dtype))  # made by the CPU kernels
+        with pytest.MonkeyPatch.context() as patch:
+            ptx_ops.redirect(patch)
+            triton_on_ptx.redirect(patch)
+            for cell in inputs:
+                for row in count(cell, shape, num_tokens, dtype):
+                    rows.append(row)
+                    print(" | ".join(str(getattr(row, name)) for name in shown), flush=True)
+    if not options.no_csv:
+        is_new = not options.csv.exists()
+        with options.csv.open("a", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+            if is_new:
+                writer.writeheader()
+            writer.writerows(asdict(row) for row in rows)
+    return int(any(row.result == "wrong" and row.provider.startswith("ours") for row in rows))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
