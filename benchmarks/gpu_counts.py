@@ -3,18 +3,20 @@
 Our CUDA and Triton kernels and other people's Triton kernels run on the same inputs in the PTX interpreter of
 ``tests/gpu/ptx``, and the results are compared with the reference. Per call:
 
-launches         kernels, and beside them the torch ops that would launch one (fills, copies); theirs are not counted on
+launches         kernels; the torch ops that a peer runs beside its kernels (fills, copies, sums) are not counted at all
 instructions     issued by warps
 read, write      32-byte sectors asked for by warp instructions; / floor: over what must move if each byte moves once
 memory           distinct sectors: what DRAM moves when the caches are perfect
 conflicts        shared-memory wavefronts beyond one for each phase
 
 Peers take part where they can be imported: ``pip install --no-deps --target DIR liger-kernel moe-ops`` and ``DIR`` on
-PYTHONPATH.
+PYTHONPATH. An autotuner takes the configuration that issues the fewest instructions; Liger's is off unless
+LIGER_FUSED_MOE_AUTOTUNE=1 (it tries for minutes here).
 """
 
 import argparse
 import csv
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -24,19 +26,17 @@ from pathlib import Path
 _HERE = Path(__file__).resolve().parent
 sys.path[:] = [str(_HERE.parent)] + [entry for entry in sys.path if Path(entry or ".").resolve() != _HERE]
 
+os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from benchmarks.harness import check, commit  # noqa: E402
 from benchmarks.providers.base import installed_version  # noqa: E402
 from benchmarks.shapes import SHAPES, LayerShape  # noqa: E402
 from moe_kernels import permute, plan_dispatch, route, unpermute  # noqa: E402
 from tests.gpu import ptx_ops, triton_on_ptx  # noqa: E402
-
-#: aten ops that launch nothing on a GPU
-_SILENT = {"empty", "new_empty", "view", "_unsafe_view", "detach", "slice", "select", "as_strided", "expand", "t"}
 
 
 @dataclass
@@ -50,7 +50,6 @@ class Row:
     provider: str
     version: str
     launches: int
-    torch_ops: int
     instructions: int
     read_sectors: int
     write_sectors: int
@@ -69,16 +68,6 @@ class Cell:
     floor_bytes: int
     calls: dict[str, Callable[[], object]]
     is_right: Callable[[str, object], bool]
-
-
-class _TorchOps(TorchDispatchMode):
-    """How many torch ops run that would launch a kernel of their own."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func.namespace == "aten" and func.overloadpacket.__name__ not in _SILENT
-        return func(*args, **(kwargs or {}))
 
 
 def _import(name: str):
@@ -157,19 +146,18 @@ VERSIONS = {"moe-ops": "moe-ops", "Liger": "liger-kernel"}
 def count(cell: Cell, shape: LayerShape, num_tokens: int, dtype: torch.dtype):
     for name, call in cell.calls.items():
         call()  # an autotuner tries its configurations now
-        with ptx_ops.counting() as launches, _TorchOps() as torch_ops:
+        with ptx_ops.counting() as launches:
             result = call()
         sums = {key: sum(getattr(launched.counters, key) for launched in launches)
                 for key in ("instructions", "read_sectors", "write_sectors", "sectors", "unique_sectors",
                             "bank_conflicts", "barriers")}  # fmt: skip
-        floor = cell.floor_bytes / 32
-        distribution = VERSIONS.get(name)
+        over_floor = {key: round(32 * sums[key] / cell.floor_bytes, 3) for key in ("sectors", "unique_sectors")}
+        version = installed_version(VERSIONS[name]) if name in VERSIONS else ""
         yield Row(
-            date.today().isoformat(), commit(), cell.op, shape.name, str(dtype)[6:], num_tokens, name,
-            installed_version(distribution) if distribution else "", len(launches),
-            torch_ops.count, sums["instructions"], sums["read_sectors"], sums["write_sectors"],
-            round(sums["sectors"] / floor, 3), round(sums["unique_sectors"] / floor, 3), sums["bank_conflicts"],
-            sums["barriers"], "right" if cell.is_right(name, result) else "wrong",
+            date.today().isoformat(), commit(), cell.op, shape.name, str(dtype)[6:], num_tokens, name, version,
+            len(launches), sums["instructions"], sums["read_sectors"], sums["write_sectors"], over_floor["sectors"],
+            over_floor["unique_sectors"], sums["bank_conflicts"], sums["barriers"],
+            "right" if cell.is_right(name, result) else "wrong",
         )  # fmt: skip
 
 
