@@ -133,6 +133,17 @@ def test_strides(backend):
     assert torch.equal(permute(expanded, plan, backend=backend), expanded[plan.source_rows.long()])
 
 
+def test_rows_at_odd_addresses(backend):
+    topk_ids, topk_weights = random_routing(9, 4, 2, skip=0.2)
+    plan = plan_dispatch(topk_ids, 4)
+    x = torch.randn(9 * 40 + 1).bfloat16()[1:].view(9, 40)  # two bytes behind a multiple of 16
+    rows = permute(x, plan, backend=backend)
+    assert torch.equal(rows, permute(x.clone(), plan, backend=backend))
+    odd = torch.cat([rows.new_zeros(1), rows.flatten()])[1:].view(18, 40)
+    expected = unpermute(rows, plan, topk_weights, backend=backend)
+    assert torch.equal(unpermute(odd, plan, topk_weights, backend=backend), expected)
+
+
 def test_same_bits_for_any_threads_and_neighbours(backend):
     topk_ids, topk_weights = random_routing(64, 5, 3)
     rows = torch.randn(64 * 3, 130).bfloat16()

@@ -1,0 +1,102 @@
+"""The shipped kernels in the PTX interpreter: changes to their PTX must be reported, and launches are counted.
+
+That they are right is in the op tests (``native-ptx``).
+"""
+
+import re
+
+# ruff: noqa: E501
+import pytest
+import torch
+
+from moe_kernels import permute, plan_dispatch, route, unpermute
+from moe_kernels.testing import random_routing
+from tests.ops.helpers import check
+
+from . import ptx_ops, shipped
+from .ptx import Fault
+
+if ptx_ops.missing_reason() is not None:
+    pytest.skip(ptx_ops.missing_reason(), allow_module_level=True)
+
+
+def exercise_plan(num_tokens):
+    topk_ids, _ = random_routing(num_tokens, 9, 4, skip=0.2)
+    results = [plan_dispatch(topk_ids, 9, backend=backend) for backend in ("native", "reference")]
+    for actual, expected in zip(*results, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def exercise_permute():
+    topk_ids, weights = random_routing(9, 5, 3, skip=0.2)
+    plan, x, rows = plan_dispatch(topk_ids, 5, backend="reference"), torch.randn(9, 264), torch.randn(27, 264)
+    assert torch.equal(permute(x, plan, backend="native"), permute(x, plan, backend="reference"))
+    check(lambda rows, w, backend: unpermute(rows, plan, w, backend=backend), [rows, weights], "native")
+
+
+def exercise_route():
+    arguments = dict(top_k=3, renormalize=True, num_groups=4, topk_groups=2, group_score="top2_sum")
+    check(lambda x, backend: route(x, **arguments, backend=backend)[1], [torch.randn(5, 60)], "native")
+
+
+EXERCISES = {
+    "one tile": lambda: exercise_plan(40), "two tiles": lambda: exercise_plan(520), "permute": exercise_permute,
+    "route": exercise_route,
+}  # fmt: skip
+
+#: exercise, kernel, what is changed, the pattern, what comes in, what must be said
+MUTANTS = [
+    ("one tile", "plan_scatter_kernelILb1", "no barrier", r"bar\.sync\s+0;", "", "race"),
+    ("one tile", "plan_scatter_kernelILb1", "no warp barrier", r"bar\.warp\.sync[^;]*;", "", "race"),
+    ("one tile", "plan_scatter_kernelILb1", "shared memory short", r"\.b8 (\w+)\[32768\]", r".b8 \1[1024]", "out of bounds"),
+    ("two tiles", "plan_count_kernel", "no barrier", r"bar\.sync\s+0;", "", "race"),
+    ("two tiles", "plan_scan_kernel", "no barrier", r"bar\.sync\s+0;", "", "race"),
+    ("two tiles", "plan_scatter_kernelILb0", "no barrier", r"bar\.sync\s+0;", "", "race"),
+    ("two tiles", "plan_scan_kernel", "scan of one lane less", r"(shfl\.sync\.up[^;]*), 1, ", r"\1, 2, ", "numbers|out of"),
+    ("permute", "unpermute_bwd_kernelIfLi4", "no barrier", r"bar\.sync\s+0;", "", "race"),
+    ("permute", "unpermute_bwd_kernelIfLi4", "half of a sum", r"(shfl\.sync\.bfly[^;]*), 16, ", r"\1, 1, ", "numbers"),
+    ("permute", "unpermute_kernelIfLi4", "products lost", r"fma\.rn\.f32 (%f\d+), %f\d+, (%f\d+),", r"add.f32 \1, \2,", "numbers"),
+    ("permute", "permute_kernelINS_3VecIjLi4", "rows swapped", r"ld\.global\.nc\.u32 (%r\d+), \[(%rd\d+)\]",
+     r"ld.global.nc.u32 \1, [\2+4]", "numbers|out of bounds"),
+    ("route", "route_kernelIfLi2", "no warp barrier", r"bar\.warp\.sync[^;]*;", "", "race"),
+    ("route", "route_kernelIfLi2", "half of a maximum", r"(shfl\.sync\.bfly[^;]*), 16, ", r"\1, 1, ", "numbers"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXERCISES)
+def test_unchanged_kernels_pass(name, monkeypatch):
+    ptx_ops.redirect(monkeypatch)
+    EXERCISES[name]()
+
+
+@pytest.mark.parametrize(
+    "name, kernel, what, pattern, into, reports", MUTANTS, ids=[f"{m[1]}: {m[2]}" for m in MUTANTS]
+)
+def test_mutant_is_caught(monkeypatch, name, kernel, what, pattern, into, reports):
+    ptx_ops.redirect(monkeypatch)
+    (key,) = (key for key in shipped.ptx() if re.search(rf"GLOBAL__N_1\d+{kernel}", key))
+    text, entry = shipped.ptx()[key]
+    mutant, changes = re.subn(pattern, into, text)
+    assert changes, "the kernel has changed: change the mutant with it"
+    monkeypatch.setitem(shipped.ptx(), key, (mutant, entry))
+    try:
+        EXERCISES[name]()
+    except Fault as fault:
+        caught = str(fault)
+    except AssertionError as error:
+        caught = f"numbers: {error}"
+    else:
+        pytest.fail(f"a kernel passes with {what}")
+    assert re.search(reports, caught), caught
+
+
+def test_counts(monkeypatch):
+    """One token in two rows of 4096 bytes: each is read once and written once, and the index beside them."""
+    ptx_ops.redirect(monkeypatch)
+    plan = plan_dispatch(torch.tensor([[0, 1]], dtype=torch.int32), 2, backend="reference")
+    with ptx_ops.counting() as launches:
+        permute(torch.randn(1, 1024), plan, backend="native")
+    (launched,) = launches
+    counters = launched.counters
+    assert counters.write_bytes == 2 * 4096 and counters.write_sectors == counters.write_unique_sectors == 256
+    assert counters.read_unique_sectors == 128 + 1 and counters.bank_conflicts == 0
