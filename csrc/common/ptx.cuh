@@ -30,6 +30,13 @@ MOE_PTX float cvt_f32_f16(fp16 x) {
   return y;
 }
 
+// Stores 16 bytes at a multiple of 16. nvcc makes four stores of a struct of words, and of 2-byte elements as many as there are.
+MOE_PTX void st_global_v4(void* to, const uint32_t (&words)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]), "r"(words[1]),
+               "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
 // Starts copying 4, 8 or 16 bytes from global to shared memory.
 template <int kBytes>
 MOE_PTX void cp_async(void* shared, const void* global) {
@@ -88,6 +95,13 @@ MOE_PTX fp16 cvt_rn_f16_f32(float x) {
   }
   const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1) - (112u << 23);
   return {static_cast<uint16_t>(sign | rounded >> 13)};
+}
+
+MOE_PTX void st_global_v4(void* to, const uint32_t (&words)[4]) {
+  struct alignas(16) [[gnu::may_alias]] Words {
+    uint32_t values[4];
+  };
+  *static_cast<Words*>(to) = {{words[0], words[1], words[2], words[3]}};
 }
 
 template <int kBytes>

@@ -11,13 +11,13 @@ struct alignas(sizeof(T) * kCount) Vec {
   T values[kCount];
 };
 
-// One memory instruction for a vector: nvcc stores a struct of 2-byte elements one by one.
+// One memory instruction for a vector.
 template <class V>
 __device__ __forceinline__ void store_vec(V* to, const V& value) {
   if constexpr (sizeof(V) == 16) {
-    Vec<uint32_t, 4> bits;
-    memcpy(&bits, &value, sizeof bits);
-    *reinterpret_cast<Vec<uint32_t, 4>*>(to) = bits;
+    uint32_t words[4];
+    memcpy(words, &value, sizeof words);
+    ptx::st_global_v4(to, words);
   } else {
     *to = value;
   }

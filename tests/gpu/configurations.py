@@ -5,10 +5,14 @@ What cannot be compiled here (no nvcc, no Triton) is left out; the tests say so.
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from . import build, shipped
+import torch
+
+from . import build, shipped, triton_on_ptx
 from .static_gate import Configuration, Limits, from_cuda, from_triton
 
 SOURCES = Path(__file__).parent / "sources"
@@ -46,8 +50,13 @@ def _shipped(key: str, name: str) -> Configuration:
     threads, wide = SHIPPED_KERNELS[kernel]
     # Vec<unsigned, 4>, or more than one element in a vector
     moves_vectors = wide and re.search(r"VecIjLi4E" if kernel == "permute" else r"Li[248]E$", arguments)
-    at_most = {"local": 0, "float atomic": 0} | ({} if arguments and arguments.startswith("d") else {"fp64": 0})
-    limits = Limits(min_occupancy=0.25, at_least={"128-bit global": wide} if moves_vectors else {}, at_most=at_most)
+    # float64 serves gradient checks: it may be slow
+    is_double = arguments is not None and arguments.startswith("d")
+    limits = Limits(
+        min_occupancy=0.1 if is_double else 0.25,
+        at_least={"128-bit global": wide} if moves_vectors else {},
+        at_most={"local": 0, "float atomic": 0} | ({} if is_double else {"fp64": 0}),
+    )
     shown = f"{kernel} {arguments or ''}".replace("NS_", "").strip()
     return Configuration(shown, name, threads, lambda arch: (shipped.cubins(arch)[key][0], 0), limits)
 
@@ -80,8 +89,63 @@ def triton_configurations() -> list[Configuration]:
     ]  # fmt: skip
 
 
+#: 128-bit accesses of our Triton kernels
+TRITON_KERNELS = {
+    "plan": {"_plan_count_kernel": 0, "_plan_scan_kernel": 0, "_plan_scatter_kernel": 0},
+    "permute": {"_permute_kernel": 2},
+    "unpermute": {"_unpermute_kernel": 2},
+    "unpermute_bwd": {"_unpermute_bwd_kernel": 3},
+    "route": {"_route_kernel": 0},
+    "route of groups": {"_route_kernel": 0},
+    "route_weights": {"_route_weights_kernel": 0},
+    "route_bwd": {"_route_bwd_kernel": 0},
+}
+
+
+def _triton_launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """The rooms' own launches in a layer of Qwen3-30B-A3B (groups: DeepSeek-V3), by name in TRITON_KERNELS."""
+    from moe_kernels.ops.permute import triton as permute
+    from moe_kernels.ops.route import triton as route
+
+    ids, weights, source_rows = torch.zeros(16, 8, dtype=torch.int32), torch.ones(16, 8), torch.arange(128).int()
+    x, rows, logits = torch.zeros(16, 2048, dtype=dtype), torch.zeros(128, 2048, dtype=dtype), torch.zeros(16, 128)
+    return {
+        "plan": lambda: permute.plan_dispatch(ids, 128),
+        "permute": lambda: permute.permute(x, source_rows),
+        "unpermute": lambda: permute.unpermute(rows, source_rows.view(16, 8), weights),
+        "unpermute_bwd": lambda: permute.unpermute_backward(x, rows, weights, source_rows, source_rows.view(16, 8)),
+        "route": lambda: route.route(logits.to(dtype), None, 8, 0, True, 1.0, 1, 1, 0, 0),
+        "route of groups": lambda: route.route(
+            torch.zeros(16, 256, dtype=dtype), torch.zeros(256), 8, route.SIGMOID, True, 2.5, 8, 4, route.TOP2_SUM, 0
+        ),
+        "route_weights": lambda: route.route_weights(logits.to(dtype), ids, 0, True, 1.0),
+        "route_bwd": lambda: route.route_backward(weights, logits.to(dtype), ids, 0, True, 1.0, 0),
+    }  # fmt: skip
+
+
+def shipped_triton_configurations() -> list[Configuration]:
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for launch, call in _triton_launches(dtype).items():
+            if launch == "plan" and dtype != torch.float32:
+                continue  # integers
+            threads = 32 if launch.startswith("route") else 128
+            compiled = functools.cache(lambda capability, call=call: triton_on_ptx.compiled(capability, call))
+            for name, wide in TRITON_KERNELS[launch].items():
+
+                def pick(capability: int, name=name, threads=threads, compiled=compiled) -> build.Compiled:
+                    kernel = compiled(capability)[name]
+                    assert kernel.block == threads, f"{name} is launched with {kernel.block} threads"
+                    return kernel
+
+                limits = Limits(min_occupancy=0.25, at_least={"128-bit global": wide} if wide else {})
+                shown = f"{launch} {name} {str(dtype)[6:]} (Triton)"
+                found.append(Configuration(shown, name, threads, from_triton(pick), limits))
+    return found
+
+
 CONFIGURATIONS = [
     *(cuda_configurations() if build.missing_nvcc() is None else []),
     *(shipped_configurations() if shipped.missing_reason() is None else []),
-    *(triton_configurations() if build.missing_triton() is None else []),
+    *([*triton_configurations(), *shipped_triton_configurations()] if build.missing_triton() is None else []),
 ]

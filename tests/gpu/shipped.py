@@ -61,4 +61,8 @@ def cubins(arch: str) -> dict[str, tuple[bytes, str]]:
         if file.split(".")[-2] == arch:
             for name in set(re.findall(rb"\.text\.(_ZN3moe\w+)", content)):
                 found[plain_name(name.decode())] = (content, name.decode())
+    if not found:
+        raise RuntimeError(
+            f"{LIBRARY.name} has no machine code for {arch}; build it with MOE_KERNELS_CUDA_ARCHS as CMakeLists.txt has it"
+        )
     return found

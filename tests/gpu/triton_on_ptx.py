@@ -1,10 +1,13 @@
 """Triton kernels, ours and other people's, launched on CPU tensors: a driver for Triton whose device is the PTX
 interpreter. Triton specialises, compiles and caches as for a GPU of compute capability 8.0.
+
+:func:`compiled` collects what a call would launch on other GPUs, for the static gate.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 from . import build
@@ -18,15 +21,19 @@ def missing_reason() -> str | None:
     return build.missing_triton()
 
 
+def _product(source, metadata, kind: str) -> bytes:
+    """PTX or machine code of a kernel: they lie in Triton's cache."""
+    from triton.runtime.cache import get_cache_manager
+
+    return Path(get_cache_manager(metadata.hash).get_file(f"{source.name}.{kind}")).read_bytes()
+
+
 class _Launcher:
     """What Triton calls to launch one compiled kernel."""
 
     def __init__(self, source, metadata):
         self.metadata = metadata
-        from triton.runtime.cache import get_cache_manager
-
-        # the PTX lies beside the machine code in Triton's cache
-        self.ptx = Path(get_cache_manager(metadata.hash).get_file(f"{source.name}.ptx")).read_text()
+        self.ptx = _product(source, metadata, "ptx").decode()
         # constants and what Triton specialised to a constant are no parameters of the PTX
         self.is_parameter = [kind != "constexpr" for kind in source.signature.values()]
 
@@ -35,6 +42,21 @@ class _Launcher:
         block = 32 * self.metadata.num_warps
         counters = run_ptx(self.ptx, self.metadata.name, (x, y, z), block, parameters, self.metadata.shared)
         collect(Launched(self.metadata.name, (x, y, z), (block, 1, 1), counters))
+
+
+#: what the launches of :func:`compiled` were
+_compiled: dict[str, build.Compiled] = {}
+
+
+class _Collector:
+    """Stands in for a launch where only the machine code is wanted."""
+
+    def __init__(self, source, metadata):
+        ptx, cubin = (_product(source, metadata, kind) for kind in ("ptx", "cubin"))
+        self.compiled = build.Compiled(metadata.name, ptx.decode(), cubin, metadata.shared, metadata.num_warps)
+
+    def __call__(self, *_):
+        _compiled[self.compiled.name] = self.compiled
 
 
 class _Utils:
@@ -50,13 +72,13 @@ class _Utils:
 
 
 @functools.cache
-def driver():
-    """The one driver of this kind."""
+def driver(capability: int = CAPABILITY, launcher: type = _Launcher):
+    """One driver of each kind: Triton keeps what it compiled by the number of the device."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
 
     class PtxDriver(DriverBase):
-        utils, launcher_cls = _Utils(), _Launcher
+        utils, launcher_cls = _Utils(), launcher
 
         @classmethod
         def is_active(cls):
@@ -66,7 +88,7 @@ def driver():
             raise NotImplementedError("launches have no C++ side here")
 
         def get_current_device(self):
-            return 0
+            return 0 if launcher is _Launcher else capability
 
         def set_current_device(self, device):
             pass
@@ -75,10 +97,10 @@ def driver():
             return 0
 
         def get_current_target(self):
-            return GPUTarget("cuda", CAPABILITY, 32)
+            return GPUTarget("cuda", capability, 32)
 
         def get_device_capability(self, device=0):
-            return divmod(CAPABILITY, 10)
+            return divmod(capability, 10)
 
         def get_active_torch_device(self):
             import torch
@@ -108,3 +130,17 @@ def redirect(monkeypatch) -> None:
 
     monkeypatch.setattr(_dispatch, "_TRITON_INTERPRETS", True)
     monkeypatch.setattr(drivers, "_active", driver())
+
+
+def compiled(capability: int, call: Callable[[], object]) -> dict[str, build.Compiled]:
+    """The kernels, by name, that ``call`` would launch on a GPU of that capability. None of them runs."""
+    from triton.runtime.driver import driver as drivers
+
+    before = drivers._active
+    drivers._active = driver(capability, _Collector)
+    _compiled.clear()
+    try:
+        call()
+        return dict(_compiled)
+    finally:
+        drivers._active = before

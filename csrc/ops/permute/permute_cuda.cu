@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kWarps = 8;            // of a block
 constexpr int kVecsPerLane = 4;      // of permute: loads under way at once
+constexpr int kSumsPerLane = 2;      // vectors of unpermute: each pair's row and weight are passed around for all of them
 constexpr int kBackwardPairs = 32;   // of one token in flight in unpermute_backward
 constexpr int kBackwardVecs = 2;     // of grad_out in registers of each thread
 
@@ -48,7 +49,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
   }
 }
 
-// One warp sums 32 vectors of one token; the grid's second dimension walks along the row.
+// One warp sums kSumsPerLane * 32 vectors of one token; the grid's second dimension walks along the row.
 template <class T, int kVec>
 __global__ void __launch_bounds__(kWarps* kWarpSize)
     unpermute_kernel(const T* __restrict__ rows,                 // [num_rows, hidden_size]
@@ -58,10 +59,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
                      int64_t num_rows, int64_t num_tokens, int64_t hidden_size, int64_t row_stride, int64_t top_k) {
   using Acc = acc_t<T>;
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.y;
-  const int64_t column = (static_cast<int64_t>(blockIdx.y) * kWarpSize + threadIdx.x) * kVec;
+  const int64_t first = (static_cast<int64_t>(blockIdx.y) * (kSumsPerLane * kWarpSize) + threadIdx.x) * kVec;
   if (token >= num_tokens) return;
-  const bool inside = column < hidden_size;
-  Acc sums[kVec] = {};
+  Acc sums[kSumsPerLane][kVec] = {};
   for (int64_t k0 = 0; k0 < top_k; k0 += kWarpSize) {
     // each lane reads one pair's row and weight, so that the warp reads them once
     const int64_t k = k0 + threadIdx.x;
@@ -74,17 +74,26 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     for (int pair = 0; pair < num_pairs; ++pair) {
       const int64_t row = __shfl_sync(kAllLanes, row_of_lane, pair);
       const Acc weight = __shfl_sync(kAllLanes, weight_of_lane, pair);
-      if (row < 0 || !inside) continue;
-      const auto picked = *reinterpret_cast<const Vec<T, kVec>*>(rows + row * row_stride + column);
+      if (row < 0) continue;
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) sums[i] += weight * to_acc(picked.values[i]);
+      for (int v = 0; v < kSumsPerLane; ++v) {
+        const int64_t column = first + v * (kWarpSize * kVec);
+        if (column >= hidden_size) continue;
+        const auto picked = *reinterpret_cast<const Vec<T, kVec>*>(rows + row * row_stride + column);
+#pragma unroll
+        for (int i = 0; i < kVec; ++i) sums[v][i] += weight * to_acc(picked.values[i]);
+      }
     }
   }
-  if (!inside) return;
-  Vec<T, kVec> result;
 #pragma unroll
-  for (int i = 0; i < kVec; ++i) result.values[i] = from_acc<T>(sums[i]);
-  store_vec(reinterpret_cast<Vec<T, kVec>*>(out + token * hidden_size + column), result);
+  for (int v = 0; v < kSumsPerLane; ++v) {
+    const int64_t column = first + v * (kWarpSize * kVec);
+    if (column >= hidden_size) continue;
+    Vec<T, kVec> result;
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) result.values[i] = from_acc<T>(sums[v][i]);
+    store_vec(reinterpret_cast<Vec<T, kVec>*>(out + token * hidden_size + column), result);
+  }
 }
 
 // One block for each token: grad_out[token] stays in registers while the token's rows pass by. The block also fills the
@@ -165,6 +174,13 @@ void dispatch_vec(int alignment, F&& f) {
     f.template operator()<1>();
 }
 
+// Blocks along the grid's second dimension, which walks along a row.
+unsigned row_blocks(const char* op, int64_t hidden_size, int64_t num_blocks) {
+  MOE_CHECK(num_blocks < (1 << 16), op, ": hidden_size must take fewer than 65536 blocks, got ", num_blocks, " for hidden_size=",
+            hidden_size, "; align rows to 16 bytes or split them");
+  return static_cast<unsigned>(num_blocks);
+}
+
 Tensor permute_cuda(const Tensor& hidden_states_in, const Tensor& source_rows_in) {
   const Tensor hidden_states = with_contiguous_rows(hidden_states_in);
   const Tensor source_rows = torch::stable::contiguous(source_rows_in);
@@ -179,7 +195,7 @@ Tensor permute_cuda(const Tensor& hidden_states_in, const Tensor& source_rows_in
   const auto move = [&]<class V>() {
     const int64_t vecs = row_bytes / static_cast<int64_t>(sizeof(V));
     const dim3 grid(grid_size("permute", ceil_div(num_rows, kWarps)),
-                    static_cast<unsigned>(ceil_div(vecs, kVecsPerLane * kWarpSize)));
+                    row_blocks("permute", hidden_size, ceil_div(vecs, kVecsPerLane * kWarpSize)));
     launch(scope, permute_kernel<V>, grid, dim3(kWarpSize, kWarps), 0, data<V>(hidden_states), data<int32_t>(source_rows),
            mutable_data<V>(rows), num_tokens, num_rows, vecs, stride_bytes / static_cast<int64_t>(sizeof(V)));
   };
@@ -210,7 +226,7 @@ Tensor unpermute_cuda(const Tensor& rows_in, const Tensor& permuted_rows_in, con
     const int alignment = common_alignment(rows.const_data_ptr(), out.const_data_ptr(), row_bytes, stride_bytes);
     dispatch_vec<T>(alignment, [&]<int kVec>() {
       const dim3 grid(grid_size("unpermute", ceil_div(num_tokens, kWarps)),
-                      static_cast<unsigned>(ceil_div(hidden_size, kVec * kWarpSize)));
+                      row_blocks("unpermute", hidden_size, ceil_div(hidden_size, kSumsPerLane * kVec * kWarpSize)));
       launch(scope, unpermute_kernel<T, kVec>, grid, dim3(kWarpSize, kWarps), 0, data<T>(rows), data<int32_t>(permuted_rows),
              topk_weights ? floats_ref(*topk_weights) : FloatsRef{}, mutable_data<T>(out), num_rows, num_tokens, hidden_size,
              rows.stride(0), top_k);

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads) plan_count_kernel(Ids ids, int32_t* 
     __syncthreads();
     for (int e = thread; e < num; e += kThreads)
       tile_rows[static_cast<int64_t>(blockIdx.x) * ids.num_experts + first + e] = counts[e];
-    __syncthreads();
+    // the next pass zeroes them in the same threads
   }
 }
 
@@ -116,6 +116,7 @@ __global__ void __launch_bounds__(kThreads)
                         int32_t* __restrict__ permuted_rows) {           // [num_pairs]
   MOE_SHARED(int, histogram, kWarps * kExpertsAtOnce);
   MOE_SHARED(int, warp_sums, kWarps);
+  MOE_SHARED(int, sorted, kOneTile ? kTile : 1);  // source_rows: they leave in order, not each in a sector of its own
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
   const int tile = static_cast<int>(blockIdx.x);
   const int first_pair = tile * kTile + warp * kWarpSize * kPairsPerThread + lane;
@@ -170,16 +171,18 @@ __global__ void __launch_bounds__(kThreads)
       if (experts[i] < first || experts[i] >= first + num) continue;
       const int row = counts[experts[i] - first] + ranks[i], pair = first_pair + i * kWarpSize;
       permuted_rows[pair] = row;
-      source_rows[row] = pair / ids.top_k;
+      (kOneTile ? sorted : source_rows)[row] = pair / ids.top_k;
     }
     __syncthreads();
   }
   if (kOneTile && thread == 0) expert_offsets[ids.num_experts] = base;
   const int num_permuted = kOneTile ? base : expert_offsets[ids.num_experts];
 #pragma unroll
-  for (int i = 0; i < kPairsPerThread; ++i) {  // rows that belong to nobody
+  for (int i = 0; i < kPairsPerThread; ++i) {
     const int row = first_pair + i * kWarpSize;
-    if (row >= num_permuted && row < ids.num_pairs) source_rows[row] = -1;
+    if (row >= ids.num_pairs) continue;
+    if (row >= num_permuted) source_rows[row] = -1;  // belongs to nobody
+    else if (kOneTile) source_rows[row] = sorted[row];
   }
 }
 

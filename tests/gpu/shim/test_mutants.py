@@ -65,12 +65,12 @@ MUTANTS = {
     "plan: no upper bound on ids": (PLAN, "id >= 0 && id < num_experts", "id >= 0", "asan"),
     "plan: no lower bound on ids": (PLAN, "id >= 0 && id < num_experts", "id < num_experts", "asan"),
     "plan: tail past the end": (
-        PLAN, "row >= num_permuted && row < ids.num_pairs", "row >= num_permuted", "asan",
+        PLAN, "if (row >= ids.num_pairs) continue;", "", "asan",
     ),
     "permute: no bound on rows": (PERMUTE, "if (row >= num_rows) return;", "", "asan"),
     "permute: no bound on columns": (PERMUTE, "if (at < vecs_per_row) to[at]", "to[at]", "asan"),
     "permute: skipped rows read": (PERMUTE, "if (owned && at < vecs_per_row)", "if (at < vecs_per_row)", "plain"),
-    "unpermute: no bound on columns": (PERMUTE, "const bool inside = column < hidden_size;", "const bool inside = true;", "asan"),
+    "unpermute: no bound on columns": (PERMUTE, "if (column >= hidden_size) continue;", "", "asan"),
     "unpermute: no skipped pairs": (PERMUTE, "if (row_of_lane < 0 || row_of_lane >= num_rows) row_of_lane = -1;", "", "asan"),
     # indices and strides
     "permute: output stride of the input": (PERMUTE, "rows + row * vecs_per_row", "rows + row * (vecs_per_row + 1)", "asan"),

@@ -70,6 +70,17 @@ def test_an_error_in_a_kernel_is_an_exception_and_the_next_launch_works():
     assert ids.tolist() == [[0]]
 
 
+def test_a_launch_past_the_limits_is_refused_before_it():
+    """Rows of 2-byte elements that no wide access fits, and one block more along them than a grid has."""
+    ops = library.load() and getattr(torch.ops, library.NAMESPACE)
+    index = torch.zeros(1, dtype=torch.int32)
+    for op, columns in ((ops.permute, 128), (lambda x, i: ops.unpermute(x, i[:, None], None), 64)):
+        longest = torch.ones(1, 65535 * columns - 1, dtype=torch.bfloat16)
+        assert op(longest, index).all()
+        with pytest.raises(RuntimeError, match="hidden_size must take fewer than 65536 blocks, got 65536 for hidden_size="):
+            op(torch.ones(1, 65535 * columns + 1, dtype=torch.bfloat16), index)
+
+
 # every bfloat16 and float16 number, and the float32 numbers between two of them, the halfway ones included
 def test_conversions_round_as_pytorch_does():
     ops = library.load() and getattr(torch.ops, library.NAMESPACE)

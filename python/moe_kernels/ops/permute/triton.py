@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 256  # pairs that one program ranks by comparing each with each
-CHUNK = 32
+CHUNK = 16
 BLOCK_EXPERTS = 128
 MAX_BLOCK_HIDDEN = 2048  # columns of one program
 
