@@ -63,6 +63,6 @@ def cubins(arch: str) -> dict[str, tuple[bytes, str]]:
                 found[plain_name(name.decode())] = (content, name.decode())
     if not found:
         raise RuntimeError(
-            f"{LIBRARY.name} has no machine code for {arch}; build it with MOE_KERNELS_CUDA_ARCHS as CMakeLists.txt has it"
+            f"{LIBRARY.name} has no machine code for {arch}; build it with the MOE_KERNELS_CUDA_ARCHS of CMakeLists.txt"
         )
     return found

@@ -9,40 +9,14 @@ import re
 import pytest
 import torch
 
-from moe_kernels import permute, plan_dispatch, route, unpermute
-from moe_kernels.testing import random_routing
-from tests.ops.helpers import check
+from moe_kernels import permute, plan_dispatch
 
 from . import ptx_ops, shipped
-from .ptx import Fault
+from .exercises import EXERCISES, report_of
 
 if ptx_ops.missing_reason() is not None:
     pytest.skip(ptx_ops.missing_reason(), allow_module_level=True)
 
-
-def exercise_plan(num_tokens, num_experts, top_k):
-    topk_ids, _ = random_routing(num_tokens, num_experts, top_k, skip=0.2)
-    results = [plan_dispatch(topk_ids, num_experts, backend=backend) for backend in ("native", "reference")]
-    for actual, expected in zip(*results, strict=True):
-        assert torch.equal(actual, expected)
-
-
-def exercise_permute():
-    topk_ids, weights = random_routing(9, 50, 40, skip=0.2)  # 40: backward takes 32 at once
-    plan, x, rows = plan_dispatch(topk_ids, 50, backend="reference"), torch.randn(9, 264), torch.randn(360, 264)
-    assert torch.equal(permute(x, plan, backend="native"), permute(x, plan, backend="reference"))
-    check(lambda rows, w, backend: unpermute(rows, plan, w, backend=backend), [rows, weights], "native")
-
-
-def exercise_route():
-    arguments = dict(top_k=3, renormalize=True, num_groups=4, topk_groups=2, group_score="top2_sum")
-    check(lambda x, backend: route(x, **arguments, backend=backend)[1], [torch.randn(5, 60)], "native")
-
-
-EXERCISES = {
-    "one tile": lambda: exercise_plan(500, 9, 4), "two passes": lambda: exercise_plan(40, 2600, 3),
-    "two tiles": lambda: exercise_plan(600, 1100, 4), "permute": exercise_permute, "route": exercise_route,
-}  # fmt: skip
 
 #: exercise, kernel, what is changed, the pattern, what comes in, what must be said
 MUTANTS = [
@@ -69,21 +43,10 @@ def find(kernel: str) -> tuple[str, str, str]:
     return key, *shipped.ptx()[key]
 
 
-def report_of(name: str) -> str:
-    """What an exercise finds wrong: a fault of the interpreter, other numbers, or nothing."""
-    try:
-        EXERCISES[name]()
-    except Fault as fault:
-        return str(fault)
-    except AssertionError as error:
-        return f"numbers: {error}"
-    return "nothing"
-
-
 @pytest.mark.parametrize("name", EXERCISES)
 def test_unchanged_kernels_pass(name, monkeypatch):
     ptx_ops.redirect(monkeypatch)
-    EXERCISES[name]()
+    assert report_of(name, "native") == "nothing"
 
 
 @pytest.mark.parametrize(
@@ -95,7 +58,8 @@ def test_mutant_is_caught(monkeypatch, name, kernel, what, pattern, into, report
     mutant, changes = re.subn(pattern, into, text)
     assert changes, "the kernel has changed: change the mutant with it"
     monkeypatch.setitem(shipped.ptx(), key, (mutant, entry))
-    assert re.search(reports, report_of(name)), f"a kernel passes with {what}: {report_of(name)}"
+    report = report_of(name, "native")
+    assert re.search(reports, report), f"a kernel with {what}: {report}"
 
 
 @pytest.mark.parametrize(
@@ -112,7 +76,7 @@ def test_no_barrier_can_go(monkeypatch, name, kernel):
     barriers = list(re.finditer(r"bar\.sync\s+0;", text))
     for place, barrier in enumerate(barriers):
         monkeypatch.setitem(shipped.ptx(), key, (text[: barrier.start()] + text[barrier.end() :], entry))
-        if "race" not in report_of(name):
+        if "race" not in report_of(name, "native"):
             lives.append(place)
     assert barriers and not lives, f"of {len(barriers)} barriers, these are not missed: {lives}"
 

@@ -77,7 +77,9 @@ def test_a_launch_past_the_limits_is_refused_before_it():
     for op, columns in ((ops.permute, 128), (lambda x, i: ops.unpermute(x, i[:, None], None), 64)):
         longest = torch.ones(1, 65535 * columns - 1, dtype=torch.bfloat16)
         assert op(longest, index).all()
-        with pytest.raises(RuntimeError, match="hidden_size must take fewer than 65536 blocks, got 65536 for hidden_size="):
+        with pytest.raises(
+            RuntimeError, match="hidden_size must take fewer than 65536 blocks, got 65536 for hidden_size="
+        ):
             op(torch.ones(1, 65535 * columns + 1, dtype=torch.bfloat16), index)
 
 
