@@ -1,4 +1,4 @@
-"""Counts what GPU kernels do, without a GPU: ``python benchmarks/gpu_counts.py --shape A --tokens 16 256``.
+"""Counts what GPU kernels do, without a GPU: ``python benchmarks/gpu_counts.py --shape A --tokens 16 512``.
 
 Our CUDA and Triton kernels and other people's Triton kernels run on the same inputs in the PTX interpreter of
 ``tests/gpu/ptx``, and the results are compared with the reference. Per call:
@@ -8,6 +8,10 @@ instructions     issued by warps
 read, write      32-byte sectors asked for by warp instructions; / floor: over what must move if each byte moves once
 memory           distinct sectors: what DRAM moves when the caches are perfect
 conflicts        shared-memory wavefronts beyond one for each phase
+
+What lies above the floor in ours: permute reads a token once for each of its rows, top_k times in all, of which DRAM
+serves one (memory) and L2 the others; a plan of more than one tile (2048 pairs) reads the ids twice and keeps a table
+of tiles by experts; conflicts are the plan's counters, which lie where the experts are.
 
 Peers take part where they can be imported: ``pip install --no-deps --target DIR liger-kernel moe-ops`` and ``DIR`` on
 PYTHONPATH. An autotuner takes the configuration that issues the fewest instructions; Liger's is off unless
@@ -165,7 +169,7 @@ def main() -> int:
     """Returns 1 where one of our own results was wrong, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="A", choices=SHAPES)
-    parser.add_argument("--tokens", nargs="+", type=int, default=[16, 256])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[16, 512])
     parser.add_argument("--csv", type=Path, default=_HERE / "results" / "gpu_counts.csv")
     parser.add_argument("--no-csv", action="store_true", help="print only")
     options = parser.parse_args()
