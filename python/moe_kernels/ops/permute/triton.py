@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 TILE = 256  # pairs that one program ranks by comparing each with each
-CHUNK = 16
+CHUNK = 32
 BLOCK_EXPERTS = 128
 MAX_BLOCK_HIDDEN = 2048  # columns of one program
 
