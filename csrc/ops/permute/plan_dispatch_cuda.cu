@@ -17,7 +17,7 @@ constexpr int kWarps = 8;                       // of count and scatter
 constexpr int kThreads = kWarps * kWarpSize;
 constexpr int kPairsPerThread = 8;
 constexpr int kTile = kThreads * kPairsPerThread;
-constexpr int kExpertsAtOnce = 1024;            // more take further passes over the tile, which stays in registers
+constexpr int kExpertsAtOnce = 512;             // more take further passes over the tile, which stays in registers
 constexpr int kScanThreads = 1024;
 
 struct Ids {
@@ -107,7 +107,8 @@ __global__ void __launch_bounds__(kScanThreads)
 }
 
 // Each warp ranks 32 * kPairsPerThread neighbouring pairs, 32 at a time, in its own histogram; warps are then put one
-// after the other. kOneTile: there is no count and no scan before, this block does it all.
+// after the other. Each pair gets a place among the tile's pairs, sorted by expert, so that neighbouring threads write
+// neighbouring source_rows. kOneTile: there is no count and no scan before, places are rows.
 template <bool kOneTile>
 __global__ void __launch_bounds__(kThreads)
     plan_scatter_kernel(Ids ids, const int32_t* __restrict__ tile_rows,  // [tiles, num_experts], unless kOneTile
@@ -116,7 +117,9 @@ __global__ void __launch_bounds__(kThreads)
                         int32_t* __restrict__ permuted_rows) {           // [num_pairs]
   MOE_SHARED(int, histogram, kWarps * kExpertsAtOnce);
   MOE_SHARED(int, warp_sums, kWarps);
-  MOE_SHARED(int, sorted, kOneTile ? kTile : 1);  // source_rows: they leave in order, not each in a sector of its own
+  MOE_SHARED(int, token_at, kTile);                        // of each place
+  MOE_SHARED(int, row_at, kOneTile ? 1 : kTile);           // of each place
+  MOE_SHARED(int, to_row, kOneTile ? 1 : kExpertsAtOnce);  // of each expert: what lies between its places and its rows
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
   const int tile = static_cast<int>(blockIdx.x);
   const int first_pair = tile * kTile + warp * kWarpSize * kPairsPerThread + lane;
@@ -127,7 +130,7 @@ __global__ void __launch_bounds__(kThreads)
     const int pair = first_pair + i * kWarpSize;
     if (experts[i] < 0 && pair < ids.num_pairs) permuted_rows[pair] = -1;
   }
-  int base = 0;  // rows of the experts of earlier passes, for kOneTile
+  int base = 0;  // places of the experts so far
   for (int first = 0; first < ids.num_experts; first += kExpertsAtOnce) {
     const int num = min(kExpertsAtOnce, ids.num_experts - first);
     for (int i = thread; i < kWarps * num; i += kThreads) histogram[i] = 0;
@@ -144,34 +147,35 @@ __global__ void __launch_bounds__(kThreads)
       __syncwarp();
     }
     __syncthreads();
-    // from counts to first rows, in the order of the warps
+    // from counts to first places, in the order of the warps
     for (int e0 = 0; e0 < num; e0 += kThreads) {
       const int e = e0 + thread;
-      int row = 0;
-      if (kOneTile) {
-        int count = 0, total = 0;
-        if (e < num)
-          for (int w = 0; w < kWarps; ++w) count += histogram[w * num + e];
-        row = base + block_exclusive_scan<kThreads>(count, warp_sums, &total);
-        base += total;
-        if (e < num) expert_offsets[first + e] = row;
-      } else if (e < num) {
-        row = tile_rows[static_cast<int64_t>(tile) * ids.num_experts + first + e];
-      }
+      int count = 0, total = 0;
       if (e < num)
+        for (int w = 0; w < kWarps; ++w) count += histogram[w * num + e];
+      int place = base + block_exclusive_scan<kThreads>(count, warp_sums, &total);
+      base += total;
+      if (e < num) {
+        if (kOneTile)
+          expert_offsets[first + e] = place;
+        else
+          to_row[e] = tile_rows[static_cast<int64_t>(tile) * ids.num_experts + first + e] - place;
         for (int w = 0; w < kWarps; ++w) {
-          const int count = histogram[w * num + e];
-          histogram[w * num + e] = row;
-          row += count;
+          const int of_warp = histogram[w * num + e];
+          histogram[w * num + e] = place;
+          place += of_warp;
         }
+      }
     }
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < kPairsPerThread; ++i) {
       if (experts[i] < first || experts[i] >= first + num) continue;
-      const int row = counts[experts[i] - first] + ranks[i], pair = first_pair + i * kWarpSize;
+      const int e = experts[i] - first, place = counts[e] + ranks[i], pair = first_pair + i * kWarpSize;
+      const int row = kOneTile ? place : place + to_row[e];
       permuted_rows[pair] = row;
-      (kOneTile ? sorted : source_rows)[row] = pair / ids.top_k;
+      token_at[place] = pair / ids.top_k;
+      if (!kOneTile) row_at[place] = row;
     }
     __syncthreads();
   }
@@ -179,10 +183,9 @@ __global__ void __launch_bounds__(kThreads)
   const int num_permuted = kOneTile ? base : expert_offsets[ids.num_experts];
 #pragma unroll
   for (int i = 0; i < kPairsPerThread; ++i) {
-    const int row = first_pair + i * kWarpSize;
-    if (row >= ids.num_pairs) continue;
-    if (row >= num_permuted) source_rows[row] = -1;  // belongs to nobody
-    else if (kOneTile) source_rows[row] = sorted[row];
+    const int row = first_pair + i * kWarpSize, place = row - tile * kTile;
+    if (place < base) source_rows[kOneTile ? place : row_at[place]] = token_at[place];
+    if (row >= num_permuted && row < ids.num_pairs) source_rows[row] = -1;  // belongs to nobody
   }
 }
 

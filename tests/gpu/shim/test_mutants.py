@@ -65,7 +65,7 @@ MUTANTS = {
     "plan: no upper bound on ids": (PLAN, "id >= 0 && id < num_experts", "id >= 0", "asan"),
     "plan: no lower bound on ids": (PLAN, "id >= 0 && id < num_experts", "id < num_experts", "asan"),
     "plan: tail past the end": (
-        PLAN, "if (row >= ids.num_pairs) continue;", "", "asan",
+        PLAN, "row >= num_permuted && row < ids.num_pairs", "row >= num_permuted", "asan",
     ),
     "permute: no bound on rows": (PERMUTE, "if (row >= num_rows) return;", "", "asan"),
     "permute: no bound on columns": (PERMUTE, "if (at < vecs_per_row) to[at]", "to[at]", "asan"),
