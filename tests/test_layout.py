@@ -29,7 +29,7 @@ DATA_FILES = {"plan", "prepacked", "quantized", "token_filter"}
 WITHOUT_KERNELS = {"quantize"}
 #: files of a room that hold more of its public functions: they may import what api may, and api
 PUBLIC_FILES = {
-    "logit_fusion": {"presets"},
+    "logit_fusion": {"presets", "tilt"},
     "route": {"capacity", "expert_choice", "forced", "logits", "losses", "random", "top_p", "two_level"},
     "routed_lora": {"serving"},
 }

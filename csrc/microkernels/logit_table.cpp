@@ -2,6 +2,7 @@
 #include "microkernels/logit_table.h"
 
 #include "microkernels/logits_backward.h"
+#include "microkernels/tilt.h"
 
 namespace moe::MOE_ISA {
 
@@ -24,6 +25,8 @@ static constexpr LogitKernels<Acc> make() {
       .linear_grad = linear_grad<Acc>,
       .mixture_grad = mixture_grad<Acc>,
       .inner_of_nonzero = inner_of_nonzero<Acc>,
+      .tilt_block = tilt_block<Acc>,
+      .tilt_grid = tilt_grid<Acc>,
   };
 }
 

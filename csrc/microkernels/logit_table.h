@@ -40,6 +40,17 @@ constexpr int64_t kLogitBlock = 512;         // tokens whose sum of exponentials
 constexpr int64_t kLogitBuckets = 4096;      // by distance from the largest logit
 constexpr double kLogitBucketsPerNat = 128;  // the last bucket holds all below exp(-32) of the largest
 
+// Of weights exp(base + alpha direction - top): their sum, and with direction and its square.
+struct TiltBlock {
+  double top, sum, first, second;
+};
+
+// Points low + j step. top(j) = first_top + j top_step is at least the largest base + alpha direction of the row.
+struct TiltGrid {
+  double low, step, first_top, top_step;
+  int64_t num_points;
+};
+
 struct GradSums {
   double grad, mass;
 };
@@ -85,6 +96,10 @@ struct LogitKernels {
                          const Acc* dz, const Acc* z, Acc sum, void* grad);
   // sum_i a[i] b[i], of a[i] = 0 nothing whatever b[i] is
   double (*inner_of_nonzero)(const Acc* a, const Acc* b, int64_t n);
+
+  // The exponential tilt, n <= kLogitBlock finite numbers each (tilt.h).
+  TiltBlock (*tilt_block)(const Acc* base, const Acc* direction, int64_t n, Acc alpha);
+  bool (*tilt_grid)(const Acc* base, const Acc* direction, int64_t n, const TiltGrid& grid, double* sums, double* means);
 };
 
 struct LogitKernelTable {

@@ -1,5 +1,23 @@
 from moe_kernels.ops.logit_fusion import presets
 from moe_kernels.ops.logit_fusion.api import fuse_logits
+from moe_kernels.ops.logit_fusion.tilt import (
+    TiltSolution,
+    TiltStats,
+    copyright_protecting_fusion,
+    dynamic_fusion,
+    solve_tilt,
+    tilt_stats,
+)
 from moe_kernels.ops.logit_fusion.token_filter import TokenFilter
 
-__all__ = ["TokenFilter", "fuse_logits", "presets"]
+__all__ = [
+    "TiltSolution",
+    "TiltStats",
+    "TokenFilter",
+    "copyright_protecting_fusion",
+    "dynamic_fusion",
+    "fuse_logits",
+    "presets",
+    "solve_tilt",
+    "tilt_stats",
+]

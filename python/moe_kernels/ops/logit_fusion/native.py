@@ -15,9 +15,17 @@ torch.library.define(
     "(Tensor grad, Tensor fused, Tensor[] sources, Tensor weights, Tensor temperature, Tensor source_stats, "
     "bool mixture, int anchor, int neg_inf, int out) -> (Tensor[], Tensor, Tensor)",
 )
+torch.library.define("moe_kernels::tilt_stats", "(Tensor[] sources, Tensor alpha) -> Tensor")
+torch.library.define(
+    "moe_kernels::solve_tilt",
+    "(Tensor[] sources, Tensor values, int target, float low, float high, int grid) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
 
 fuse_logits = torch.ops.moe_kernels.fuse_logits.default
 fuse_logits_backward = torch.ops.moe_kernels.fuse_logits_backward.default
+tilt_stats = torch.ops.moe_kernels.tilt_stats.default
+solve_tilt = torch.ops.moe_kernels.solve_tilt.default
 
 
 @torch.library.register_fake("moe_kernels::fuse_logits")
@@ -37,3 +45,15 @@ def _(sources, rows, weights, temperature, request_ids, seed, step, vocab_size, 
 def _(grad, fused, sources, weights, temperature, source_stats, mixture, anchor, neg_inf, out):
     grad_sources: list[Tensor] = [source.new_empty(source.shape) for source in sources]
     return grad_sources, weights.new_empty(weights.shape), temperature.new_empty(temperature.shape)
+
+
+@torch.library.register_fake("moe_kernels::tilt_stats")
+def _(sources, alpha):
+    return alpha.new_empty((*alpha.shape, 3))
+
+
+@torch.library.register_fake("moe_kernels::solve_tilt")
+def _(sources, values, target, low, high, grid):
+    alpha = values.new_empty(values.shape[0])
+    status = values.new_empty(values.shape[0], dtype=torch.int32)
+    return alpha, torch.empty_like(alpha), status, torch.empty_like(status)

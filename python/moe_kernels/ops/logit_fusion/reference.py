@@ -176,3 +176,109 @@ def fuse_logits(
         drawn = sample(z, uniforms(request_ids, seed, step))
         greedy = torch.where(temperature == 0, greedy, drawn)
     return greedy.masked_fill(unusable, -1)
+
+
+#: of solve_tilt, by position in TARGETS of tilt.py
+KL, REVERSE_KL, JEFFREYS, SYMMETRY, MATCH = range(5)
+SOLVED, AT_LOW, AT_HIGH, BROKEN = range(4)
+#: where a misfit may have several minima the lowest of so many intervals' ends says which
+INTERVALS = 8
+
+
+def _tilted(sources: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probabilities of the base, direction, rows that are broken), tokens at -inf anywhere out of the way."""
+    dtype = torch.float64 if sources[0].dtype == torch.float64 else torch.float32
+    vocab_size = min(source.shape[1] for source in sources)
+    sources = [source.detach()[:, :vocab_size].to(dtype) for source in sources]
+    broken = torch.stack([(source.isnan() | (source == torch.inf)).any(1) for source in sources]).any(0)
+    absent = torch.stack([source == -torch.inf for source in sources]).any(0)
+    broken = broken | absent.all(1)
+    base, *rest = (source.masked_fill(absent | broken[:, None], 0) for source in sources)
+    direction = rest[0] - rest[1] if len(rest) == 2 else rest[0]
+    logits = base.masked_fill(absent & ~broken[:, None], -torch.inf)
+    return logits.log_softmax(1), direction, broken
+
+
+def _stats(log_probs: Tensor, direction: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A, A', A'' [num_rows] float64 at one alpha for each row."""
+    z = (log_probs + alpha.to(log_probs.dtype)[:, None] * direction).double()
+    direction = direction.double()
+    log_partition = z.logsumexp(1)
+    weights = (z - log_partition[:, None]).exp()
+    mean = (weights * direction).sum(1)
+    return log_partition, mean, (weights * (direction - mean[:, None]).square()).sum(1)
+
+
+def tilt_stats(sources: list[Tensor], alpha: Tensor) -> Tensor:
+    """[num_rows, num_alphas, 3] float64."""
+    log_probs, direction, broken = _tilted(sources)
+    columns = [torch.stack(_stats(log_probs, direction, column), 1) for column in alpha.unbind(1)]
+    stats = torch.stack(columns, 1) if columns else alpha.new_empty((*alpha.shape, 3))
+    return stats.masked_fill(broken[:, None, None], torch.nan)
+
+
+def _bisect(function, low: Tensor, high: Tensor) -> Tensor:
+    """Where a function that rises changes its sign."""
+    for _ in range(80):
+        middle = (low + high) / 2
+        above = function(middle) > 0
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return (low + high) / 2
+
+
+def solve_tilt(
+    sources: list[Tensor], values: Tensor, target: int, low: float, high: float, grid: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    log_probs, direction, broken = _tilted(sources)
+    broken = broken | ~values.isfinite().all(1)
+    wanted, wanted_reverse = values.masked_fill(broken[:, None], 0).unbind(1)
+    lows, highs = torch.full_like(wanted, low), torch.full_like(wanted, high)
+    start, mean_at_0, _ = _stats(log_probs, direction, torch.zeros_like(wanted))
+    log_partition_at_1 = _stats(log_probs, direction, torch.ones_like(wanted))[0] - start
+
+    def divergences(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """KL(P_a || P), KL(P || P_a) and their derivatives."""
+        log_partition, mean, variance = _stats(log_probs, direction, alpha)
+        alpha = alpha.to(log_probs.dtype).double()
+        log_partition = log_partition - start
+        kl, reverse = alpha * mean - log_partition, log_partition - alpha * mean_at_0
+        return kl, reverse, alpha * variance, mean - mean_at_0
+
+    def excess(kind: int, alpha: Tensor, value: Tensor) -> Tensor:
+        if kind == SYMMETRY:
+            return _stats(log_probs, direction, alpha)[1] - log_partition_at_1 - value
+        kl, reverse, _, _ = divergences(alpha)
+        return {KL: kl, REVERSE_KL: reverse, JEFFREYS: kl + reverse}[kind] - value
+
+    def root(kind: int, value: Tensor) -> tuple[Tensor, Tensor]:
+        at_low, at_high = excess(kind, lows, value) >= 0, excess(kind, highs, value) <= 0
+        alpha = _bisect(lambda alpha: excess(kind, alpha, value), lows, highs)
+        alpha = torch.where(at_low, lows, torch.where(at_high, highs, alpha))
+        return alpha, torch.where(at_low, AT_LOW, torch.where(at_high, AT_HIGH, SOLVED))
+
+    def misfit(alpha: Tensor) -> tuple[Tensor, Tensor]:
+        kl, reverse, kl_slope, reverse_slope = divergences(alpha)
+        first, second = kl - wanted, reverse - wanted_reverse
+        return first.square() + second.square(), first * kl_slope + second * reverse_slope
+
+    if target != MATCH:
+        alpha, status = root(target, wanted)
+        residual = excess(target, alpha, wanted)
+    else:
+        first, second = (lows, highs) if grid else (root(KL, wanted)[0], root(REVERSE_KL, wanted_reverse)[0])
+        begin, end = torch.minimum(first, second), torch.maximum(first, second)
+        intervals = grid - 1 if grid else INTERVALS
+        step = (end - begin) / intervals
+        costs = torch.stack([misfit(begin + step * j)[0] for j in range(intervals + 1)], 1)
+        best = costs.argmin(1)  # the first among equals
+        alpha = begin + step * best
+        if not grid:
+            inside = [torch.clamp(alpha + sign * step, begin, end) for sign in (-1, 1)]
+            alpha = torch.where(end > begin, _bisect(lambda alpha: misfit(alpha)[1], *inside), begin)
+        residual = misfit(alpha)[0]
+        # an end of the bounds that a search runs into is reached to the last halving
+        margin = 1e-7 * (high - low)
+        status = torch.where(alpha <= low + margin, AT_LOW, torch.where(alpha >= high - margin, AT_HIGH, SOLVED))
+    status = torch.where(broken, BROKEN, status).int()
+    alpha, residual = alpha.masked_fill(broken, torch.nan), residual.masked_fill(broken, torch.nan)
+    return alpha, residual, status, torch.zeros_like(status)
