@@ -9,6 +9,7 @@ from moe_kernels.ops.logit_fusion import presets
 from moe_kernels.testing import assert_close_to_reference
 
 NUM_ROWS, VOCAB_SIZE = 6, 700
+EXPERTS = [2, 0, 1, 1, 0, 2]
 
 
 def proxy_tuning(base, tuned, untuned):
@@ -17,6 +18,32 @@ def proxy_tuning(base, tuned, untuned):
 
 def up_scaling(base, tuned, untuned):
     return (base.log_softmax(1) + 0.6 * (tuned.log_softmax(1) - untuned.log_softmax(1))).log_softmax(1)
+
+
+def dexperts(base, expert, anti):
+    # the nucleus of the base model alone, before the experts are added: sorted, up to and with the one that crosses 0.9
+    probs, order = base.softmax(1).sort(dim=1, descending=True)
+    outside = probs.cumsum(1) - probs >= 0.9
+    outside = outside.scatter(1, order, outside)
+    return (base + 2.0 * (expert - anti)).masked_fill(outside, -torch.inf).log_softmax(1)
+
+
+def weak_to_strong(strong, unsafe, safe):
+    strong, unsafe, safe = ((x / 0.7).log_softmax(1) for x in (strong, unsafe, safe))
+    fused = strong + 1.5 * (unsafe - safe)
+    return fused - fused.logsumexp(1, keepdim=True)
+
+
+def contrastive_beams(expert, amateur, _):
+    expert, amateur = expert.log_softmax(1), amateur.log_softmax(1)
+    threshold = torch.minimum(
+        expert.amax(1, keepdim=True) + torch.tensor(0.9, dtype=expert.dtype).log(), expert.topk(2, dim=1).values[:, -1:]
+    )
+    return (expert - amateur).masked_fill(expert < threshold, -torch.inf).log_softmax(1)
+
+
+def composition(a, b, c):
+    return torch.stack([(a, b, c)[expert][row] for row, expert in enumerate(EXPERTS)]).log_softmax(1)
 
 
 def contrastive(expert, amateur, _):
@@ -76,6 +103,22 @@ def interpolation(first, second, _):
 METHODS = {
     "proxy_tuning": (proxy_tuning, lambda a, b, c, **o: presets.emulated_fine_tuning(a, [(b, c)], **o)),
     "up_scaling": (up_scaling, lambda a, b, c, **o: presets.emulated_fine_tuning(a, [(b, c)], [0.6], **o)),
+    "dexperts": (
+        dexperts,
+        lambda a, b, c, **o: presets.emulated_fine_tuning(a, [(b, c)], [2.0], mask=TokenFilter(top_p=0.9), **o),
+    ),
+    "weak_to_strong": (
+        weak_to_strong,
+        lambda a, b, c, **o: presets.emulated_fine_tuning(a, [(b, c)], [1.5], temperature=0.7, **o),
+    ),
+    "contrastive_beams": (
+        contrastive_beams,
+        lambda a, b, c, **o: presets.contrastive_decoding(a, b, plausibility=0.9, min_keep=2, **o),
+    ),
+    "composition": (
+        composition,
+        lambda a, b, c, **o: presets.composition_of_experts([a, b, c], torch.tensor(EXPERTS), **o),
+    ),
     "contrastive": (contrastive, lambda a, b, c, **o: presets.contrastive_decoding(a, b, amateur_weight=0.5, **o)),
     "reasoning": (contrastive_reasoning, lambda a, b, c, **o: presets.contrastive_reasoning(a, b, **o)),
     "context_aware": (context_aware, lambda a, b, c, **o: presets.context_aware(a, b, strength=0.5, **o)),

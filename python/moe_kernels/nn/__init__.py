@@ -5,6 +5,7 @@ from moe_kernels.nn.attention import MoEAttention
 from moe_kernels.nn.cosine_router import CosineRouter
 from moe_kernels.nn.dmoerm import DMoERewardModel
 from moe_kernels.nn.feed_forward import MoEFeedForward, Routed
+from moe_kernels.nn.logit_fusion import LogitFusion
 from moe_kernels.nn.merge_lora import LayerMap, merge_lora
 from moe_kernels.nn.mixlora import MixLoRAFeedForward
 from moe_kernels.nn.multi_lora import AdapterRouting, MultiLoRAEmbedding, MultiLoRALinear
@@ -35,6 +36,7 @@ __all__ = [
     "LayerMap",
     "LoRAMoERouter",
     "MixLoRAFeedForward",
+    "LogitFusion",
     "MoEAttention",
     "MoEFeedForward",
     "ModuleStatistics",

@@ -1,13 +1,15 @@
 """Published methods as calls of :func:`fuse_logits`: each says its weights, its mask, and nothing else.
 
 Every function takes the logits [num_rows, vocab] of its models and passes ``options`` on (``out``, ``temperature``,
-``keep``, ``neg_inf``, ``vocab``). Where authors normalise each source first the
-result is the same after the softmax: a source's constant moves all logits of a row alike.
+``keep``, ``neg_inf``, ``vocab``). Where authors normalise each source first the result is the same after the softmax: a
+source's constant moves all logits of a row alike. Methods that solve a weight for each row are in
+:mod:`moe_kernels.ops.logit_fusion.tilt`.
 """
 
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from moe_kernels._checks import value_error
@@ -117,6 +119,19 @@ def contrastive_guided_editing(
     """
     mask = TokenFilter(min_p=plausibility)
     return fuse_logits([tuned, pretrained], [1.0, -strength], mask=mask, floor=floor, **options)
+
+
+def composition_of_experts(sources: Sequence[Tensor], experts: Tensor, **options) -> Tensor:
+    """Each row is the logits of one model alone, the one that a router chose for its prompt; the others are not read.
+
+    Args:
+        sources: K tensors [num_rows, vocab].
+        experts: [num_rows] int64, in [0, K).
+
+    Source: Composition of Experts, arXiv 2412.01868.
+    """
+    weights = torch.nn.functional.one_hot(experts, len(sources)).to(torch.float32)
+    return fuse_logits(sources, weights, **options)
 
 
 def multi_objective(sources: Sequence[Tensor], weights: Sequence[float], **options) -> Tensor:
