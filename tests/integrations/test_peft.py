@@ -155,9 +155,40 @@ def test_what_is_not_understood_is_refused(tmp_path):
         ),
         "half": (dict(list(q_proj().items())[:1]), {}, "there with both factors"),
         "targets": (q_proj(), dict(target_modules=["q_proj", "k_proj"]), "target_modules.*got 'k_proj'"),
-        "saved": (q_proj(), dict(modules_to_save=["head"]), "modules_to_save of adapter 'bad' must be None"),
+        "saved": (
+            q_proj(),
+            dict(modules_to_save=["head"]),
+            "modules_to_save of adapter 'bad' must be modules that have",
+        ),
+        "shape": (
+            q_proj(**{f"{PREFIX}head.weight": torch.ones(30, 11)}),
+            dict(modules_to_save=["head"]),
+            r"head.weight of adapter 'bad' must be of shape \[30, 12\] and torch.float32",
+        ),
+        "parts": (
+            q_proj(**{f"{PREFIX}head.bias": torch.ones(30)}),
+            dict(modules_to_save=["head"]),
+            "module head of adapter 'bad' must be saved with weight, got bias",
+        ),
+        "both ways": (
+            q_proj(
+                **{
+                    f"{PREFIX}layers.0.q_proj.weight": torch.ones(12, 12),
+                    f"{PREFIX}layers.0.q_proj.bias": torch.ones(12),
+                }
+            ),
+            dict(modules_to_save=["q_proj"]),
+            r"layers.0.q_proj of adapter 'bad' must be whole \(modules_to_save\) or adapted",
+        ),
         "experts": (q_proj(), dict(target_parameters=["experts.w"]), "target_parameters of adapter 'bad' must be None"),
-        "pissa": (q_proj(), dict(init_lora_weights="pissa"), "init_lora_weights.*got 'pissa'"),
+        "corda": (q_proj(), dict(init_lora_weights="corda"), "init_lora_weights.*got 'corda'; name the folder"),
+        "changed base": (q_proj(), dict(init_lora_weights="pissa", use_dora=True), "saved with use_dora=True"),
+        "kasa": (
+            q_proj(),
+            dict(kasa_config={"beta": 1}),
+            "file of adapter 'bad' must be with a lora_diag for each module",
+        ),
+        "a diagonal": (q_proj(**{f"{name}.lora_diag": torch.ones(2)}), {}, "must be without lora_diag"),
         "dora": (q_proj(), dict(use_dora=True), "saved with use_dora=True"),
         "type": (q_proj(), dict(peft_type="IA3"), "peft_type of adapter 'bad' must be 'LORA', got 'IA3'"),
     }
@@ -246,3 +277,141 @@ def test_a_patch_on_a_newer_base_and_how_far_that_is(tmp_path):
     assert fingerprint(before) != fingerprint(before.T.contiguous().T.reshape(24, 6))
     with pytest.raises(ValueError, match="old_base must be a model with module layers.0.q_proj, got none"):
         served.compare_bases("patch", nn.Linear(2, 2))
+
+
+def test_modules_to_save_in_a_mixed_batch(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, tokens, outputs, folders = Model(), torch.randint(0, 30, (5, 3)), {}, {}
+    configs = {
+        "whole": dict(target_modules=["q_proj"], modules_to_save=["head", "layers.1.down_proj"]),
+        "head": dict(target_modules=["up_proj"], modules_to_save=["head"]),
+        "plain": dict(target_modules=["q_proj"]),
+    }
+    for name, config in configs.items():
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(r=2, **config))
+        with torch.no_grad():
+            for key, parameter in wrapped.named_parameters():
+                if "lora_" in key or ("modules_to_save" in key and "original" not in key):
+                    nn.init.normal_(parameter, std=0.3)
+        wrapped.save_pretrained(tmp_path / name)
+        folders[name] = tmp_path / name
+        for dtype in (torch.float64, torch.float32):
+            with torch.no_grad():
+                outputs[name, dtype] = wrapped.to(dtype)(tokens)
+        model = wrapped.to(torch.float32).unload()
+    model = plain_copy(model)
+    before = model(tokens)
+    served = load_peft_adapters(model, folders)
+    names = ["head", None, "whole", "plain", "whole"]
+    served.use(names)
+    with torch.no_grad():
+        out = model(tokens)
+    for i, name in enumerate(names):
+        if name is None:
+            assert torch.equal(out[i], before[i])
+            continue
+        assert_close_to_reference(out[i], outputs[name, torch.float64][i], outputs[name, torch.float32][i], name)
+    assert model.head.weight.shape == (30, 12)  # code that looks at the head still finds it
+    for name in ("whole", "head"):
+        served.export(name, tmp_path / "out" / name)
+        one, two = (
+            safetensors_torch.load_file(path / name / "adapter_model.safetensors")
+            for path in (tmp_path, tmp_path / "out")
+        )
+        assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    with pytest.raises(ValueError, match="adapter 'head' must have no modules_to_save to be mixed"):
+        served.mix(["head", "plain"], torch.ones(5, 2))
+    served.evict("whole")
+    served.use(["plain", "head", None, None, None])
+    with torch.no_grad():
+        out = model(tokens)
+    for i, name in enumerate(("plain", "head")):
+        assert_close_to_reference(out[i], outputs[name, torch.float64][i], outputs[name, torch.float32][i], name)
+    assert not model.layers[1].down_proj.copies  # what was evicted is gone
+    assert isinstance(served.restore().head, nn.Linear) and torch.equal(model(tokens), before)
+
+
+def plain_copy(model: nn.Module) -> Model:
+    """PEFT leaves its own wrapper around whole modules behind."""
+    state = {key.replace("original_module.", ""): value for key, value in model.state_dict().items()}
+    copied = Model()
+    copied.load_state_dict({key: value for key, value in state.items() if "modules_to_save" not in key})
+    return copied
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora", "kasa", "initial"])
+def test_adapters_of_a_changed_base_become_plain_ones_on_the_unchanged_base(tmp_path, method):
+    peft = pytest.importorskip("peft")
+    model, tokens = Model(), torch.randint(0, 30, (3, 4))
+    base = {key: value.clone() for key, value in model.state_dict().items()}
+    config = dict(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], rank_pattern={"layers.1.q_proj": 3})
+    if method == "kasa":
+        if not hasattr(peft, "KasaConfig"):
+            pytest.skip("this PEFT has no KaSA")
+        config["kasa_config"] = peft.KasaConfig()
+    else:
+        config["init_lora_weights"] = "pissa_niter_4" if method == "initial" else method
+    torch.manual_seed(3)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**config))
+    wrapped.save_pretrained(tmp_path / "start")
+    with torch.no_grad():
+        for key, parameter in wrapped.named_parameters():
+            if "lora_" in key:
+                parameter += 0.2 * torch.randn_like(parameter)
+    wrapped.save_pretrained(tmp_path / "trained")
+    with torch.no_grad():
+        expected, eager = wrapped.double()(tokens), wrapped.float()(tokens)
+    fresh = Model()
+    fresh.load_state_dict(base)
+    plain = fresh(tokens)
+    write(tmp_path / "lora", q_proj())
+    initial = {"it": tmp_path / "start"} if method == "initial" else None
+    if method == "initial":
+        with pytest.raises(ValueError, match="init_lora_weights.*got 'pissa_niter_4'; name the folder"):
+            load_peft_adapters(fresh, {"it": tmp_path / "trained"})
+    served = load_peft_adapters(
+        fresh, {"it": tmp_path / "trained", "lora": tmp_path / "lora"}, initial_adapters=initial
+    )
+    served.use(["it", "lora", None])
+    with torch.no_grad():
+        out = fresh(tokens)
+    assert_close_to_reference(out[0], expected[0], eager[0])
+    assert torch.equal(out[2], plain[2]) and (out[0] - plain[0]).abs().max() > 0.01
+    # what is exported is a plain adapter, which PEFT itself reads on the unchanged base
+    served.export("it", tmp_path / "converted")
+    again = Model()
+    again.load_state_dict(base)
+    with torch.no_grad():
+        by_peft = peft.PeftModel.from_pretrained(again, tmp_path / "converted")(tokens)
+        assert_close_to_reference(by_peft, expected, eager)
+
+
+def test_corda_as_its_authors_write_it(tmp_path):
+    """``C = X X'``, ``W C = U S V'``, the last r parts: ``B = U sqrt(S / s)``, ``A = sqrt(S / s) V' C^-1``."""
+    model, x = Model(), torch.randn(40, 12).double()
+    weight = model.layers[0].q_proj.weight.detach().double()
+    c = x.T @ x / 40 + 0.1 * torch.eye(12).double()
+    u, s, v = torch.linalg.svd(weight @ c)
+    root = (s[-2:] / 2).sqrt()  # alpha / rank = 4 / 2
+    start_a, start_b = root[:, None] * v[-2:] @ torch.linalg.inv(c), u[:, -2:] * root
+    a, b = start_a + 0.1 * torch.randn(2, 12).double(), start_b + 0.1 * torch.randn(12, 2).double()
+    for name, factors in (("start", (start_a, start_b)), ("trained", (a, b))):
+        tensors = {
+            f"{PREFIX}layers.0.q_proj.lora_{f}.weight": tensor.float().contiguous()
+            for f, tensor in zip("AB", factors, strict=True)
+        }
+        write(tmp_path / name, tensors, init_lora_weights="corda")
+    served = load_peft_adapters(model, {"it": tmp_path / "trained"}, initial_adapters={"it": tmp_path / "start"})
+    layer, inputs = model.layers[0].q_proj, torch.randn(3, 12)
+    served.use(["it"] * 3)
+    results = []
+    for cast in (torch.Tensor.double, torch.Tensor.float):
+        w, a0, b0, a1, b1 = (cast(tensor.float()) for tensor in (weight, start_a, start_b, a, b))
+        results.append(cast(inputs) @ (w - 2 * b0 @ a0 + 2 * b1 @ a1).T + cast(layer.bias.detach()))
+    with torch.no_grad():
+        assert_close_to_reference(layer(inputs), *results)
+    with pytest.raises(ValueError, match="initial_adapters must be of names in adapters, got 'other'"):
+        load_peft_adapters(Model(), {"it": tmp_path / "trained"}, initial_adapters={"other": tmp_path / "start"})
+    with pytest.raises(ValueError, match="initial adapter of adapter 'plain' must be given for a start that changes"):
+        write(tmp_path / "plain", q_proj())
+        load_peft_adapters(Model(), {"plain": tmp_path / "plain"}, initial_adapters={"plain": tmp_path / "start"})

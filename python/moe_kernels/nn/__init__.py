@@ -9,6 +9,7 @@ from moe_kernels.nn.logit_fusion import LogitFusion
 from moe_kernels.nn.merge_lora import LayerMap, merge_lora
 from moe_kernels.nn.mixlora import MixLoRAFeedForward
 from moe_kernels.nn.multi_lora import AdapterRouting, MultiLoRAEmbedding, MultiLoRALinear
+from moe_kernels.nn.per_adapter import PerAdapterModule
 from moe_kernels.nn.poly_lora import PolyLoRALinear
 from moe_kernels.nn.prior_approximate import prior_approximate_loss, train_router
 from moe_kernels.nn.prune import merge_experts, prune_experts
@@ -43,6 +44,7 @@ __all__ = [
     "MultiLoRAEmbedding",
     "MultiLoRALinear",
     "NullAdapterRouter",
+    "PerAdapterModule",
     "PhatgooseGate",
     "PhatgooseRouter",
     "PolyLoRALinear",

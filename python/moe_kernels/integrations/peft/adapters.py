@@ -1,5 +1,6 @@
 """PEFT adapters in mixed batches: :func:`load_peft_adapters`."""
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from moe_kernels.integrations.peft.bases import BaseChange, base_change
 from moe_kernels.integrations.peft.folder import Adapter, ModuleAdapter, read_adapter
-from moe_kernels.nn import AdapterPool, AdapterRouting, LayerMap, MultiLoRAEmbedding, MultiLoRALinear
+from moe_kernels.nn import AdapterPool, AdapterRouting, LayerMap, MultiLoRAEmbedding, MultiLoRALinear, PerAdapterModule
 
 
 def load_peft_adapters(
@@ -19,18 +20,23 @@ def load_peft_adapters(
     num_slots: int | None = None,
     rows_per_layer: int | None = None,
     allow_other_base: bool = False,
+    initial_adapters: Mapping[str, str | Path] | None = None,
 ) -> "PeftAdapters":
     """Puts LoRA adapters from PEFT folders beside a model, which then serves them in mixed batches.
 
     Linear layers and embeddings that an adapter targets become :class:`~moe_kernels.nn.MultiLoRALinear` and
     :class:`~moe_kernels.nn.MultiLoRAEmbedding`; base weights stay as they are. LoRA, rsLoRA, DoRA, rank and alpha
-    patterns are read; each adapter keeps its own rank in each layer.
+    patterns are read; each adapter keeps its own rank in each layer. Modules that an adapter has whole
+    (``modules_to_save``) become :class:`~moe_kernels.nn.PerAdapterModule`.
 
     Args:
         model: the base model.
         adapters: name -> folder.
         num_slots: adapters that fit at once; default: these and as many more, at least 4.
         rows_per_layer: sum of ranks that fits in each layer; default: ``num_slots`` times the largest rank.
+        initial_adapters: name -> folder of the adapter as it started, for CorDA and other starts that do not follow
+            from the base. PiSSA, OLoRA and KaSA need none. All become plain LoRA of twice the rank on the unchanged
+            base, and are exported as such.
         allow_other_base: accept adapters whose config names another base model (PortLLM, arXiv 2410.10870, adds the
             patch of an old base to a newer one).
 
@@ -42,7 +48,13 @@ def load_peft_adapters(
             have, a target without weights, a rank or shape that does not fit; it names the adapter and the key, and
             the model is left as it was.
     """
-    loaded = {name: read_adapter(name, Path(path), model, allow_other_base) for name, path in adapters.items()}
+    initial = {name: Path(path) for name, path in (initial_adapters or {}).items()}
+    for name in initial.keys() - adapters.keys():
+        raise ValueError(f"load_peft_adapters: initial_adapters must be of names in adapters, got {name!r}")
+    loaded = {
+        name: read_adapter(name, Path(path), model, allow_other_base, initial.get(name))
+        for name, path in adapters.items()
+    }
     if not loaded:
         raise ValueError("load_peft_adapters: adapters must be at least one name and folder, got none")
     ranks = [module.a.shape[0] for adapter in loaded.values() for module in adapter.modules.values()]
@@ -68,6 +80,7 @@ class PeftAdapters:
         self._slots: dict[str, int] = {}
         self._adapters: dict[str, Adapter] = {}
         self._layers: dict[str, MultiLoRALinear | MultiLoRAEmbedding] = {}
+        self._saved: dict[str, PerAdapterModule] = {}
         self._maps: dict[str, LayerMap] = {}
         self.routing = AdapterRouting()
 
@@ -128,7 +141,9 @@ class PeftAdapters:
                 for k, (adapter, weight) in enumerate(found.items()):
                     ids[row, k], weights[row, k] = self._slot(adapter), weight
             rows[module_name] = ids.to(device), weights.to(device)
-        self.routing.set(None)  # for layers that later adapters bring
+        # for layers that later adapters bring and for whole modules, which no map concerns
+        plain = [self._slots.get(name, -1) for name in names]
+        self.routing.set(torch.tensor(plain, dtype=torch.int32, device=device))
         for module_name, row in rows.items():  # only now: a name that is not loaded leaves the last batch's in place
             layer = self._layers[module_name]
             layer.routing = AdapterRouting()
@@ -143,7 +158,7 @@ class PeftAdapters:
         if name in self._slots:
             raise ValueError(f"PeftAdapters: name must be none of the adapters', got {name!r}")
         for adapter in layers.adapters:
-            self._slot(adapter)
+            self._check_mixable(adapter)
         self._maps[name] = layers
 
     @torch.no_grad()
@@ -166,18 +181,26 @@ class PeftAdapters:
 
     def mix(self, names: Sequence[str], weights: Tensor) -> None:
         """Every sequence uses all of ``names``, with ``weights`` [batch, len(names)]."""
+        for name in names:
+            self._check_mixable(name)
         ids = torch.tensor([self._slot(name) for name in names], dtype=torch.int32, device=weights.device)
         self._share(ids.expand(weights.shape), weights)
 
-    def add(self, name: str, path: str | Path) -> None:
-        """Loads one more adapter, or replaces the one of this name; the others keep their bits."""
-        self._fill(name, read_adapter(name, Path(path), self._model, self._allow_other_base))
+    def add(self, name: str, path: str | Path, initial: str | Path | None = None) -> None:
+        """Loads one more adapter, or replaces the one of this name; the others keep their bits.
+
+        Args:
+            initial: see ``initial_adapters`` of :func:`load_peft_adapters`.
+        """
+        started = None if initial is None else Path(initial)
+        self._fill(name, read_adapter(name, Path(path), self._model, self._allow_other_base, started))
 
     def evict(self, name: str) -> None:
         """Frees an adapter's rows. A batch that still names it is refused."""
         slot = self._slot(name)
         for layer in self._layers.values():
             layer.pool.evict(slot)
+        self._drop_saved(slot)
         del self._slots[name], self._adapters[name]
 
     @torch.no_grad()
@@ -192,14 +215,18 @@ class PeftAdapters:
             tensors[module.keys["a"]], tensors[module.keys["b"]] = a.contiguous(), b.contiguous()
             if module.magnitude is not None:
                 tensors[module.keys["magnitude"]] = module.magnitude
+        for module_name, saved in adapter.saved.items():
+            state = self._saved[module_name].copies[str(slot)].state_dict()
+            tensors |= {key: state[parameter].contiguous() for parameter, (key, _) in saved.items()}
         Path(path).mkdir(parents=True, exist_ok=True)
         save_file(tensors, str(Path(path) / "adapter_model.safetensors"), metadata={"format": "pt"})
         (Path(path) / "adapter_config.json").write_text(json.dumps(adapter.config, indent=2, sort_keys=True))
 
     def restore(self) -> nn.Module:
         """Takes all adapters away: the model has its own layers again."""
-        for name, layer in self._layers.items():
+        for name, layer in (*self._layers.items(), *self._saved.items()):
             self._model.set_submodule(name, layer.base_layer)
+        self._saved = {}
         self._layers, self._slots, self._adapters, self._maps = {}, {}, {}, {}
         return self._model
 
@@ -209,6 +236,16 @@ class PeftAdapters:
         for layer in self._layers.values():
             layer.routing = self.routing
 
+    def _check_mixable(self, name: str) -> None:
+        self._slot(name)
+        if self._adapters[name].saved:
+            raise ValueError(f"PeftAdapters: adapter {name!r} must have no modules_to_save to be mixed with others")
+
+    def _drop_saved(self, slot: int) -> None:
+        for module in self._saved.values():
+            if str(slot) in module.copies:
+                del module.copies[str(slot)]
+
     def _slot(self, name: str) -> int:
         if name not in self._slots:
             loaded = ", ".join(map(repr, self._slots)) or "none"
@@ -216,6 +253,16 @@ class PeftAdapters:
         return self._slots[name]
 
     def _fill(self, name: str, adapter: Adapter) -> None:
+        if name in self._maps:
+            raise ValueError(f"PeftAdapters: adapter's name must be none of the maps', got {name!r}")
+        for other, found in (self._adapters | {name: adapter}).items():
+            for whole, adapted in ((adapter.saved, found.modules), (found.saved, adapter.modules)):
+                clash = [module for module in whole if any(f"{part}.".startswith(f"{module}.") for part in adapted)]
+                if clash:
+                    raise ValueError(
+                        f"PeftAdapters: {clash[0]} of adapter {name!r} must be whole (modules_to_save) or adapted "
+                        f"as in the others, got the other way in {other!r}"
+                    )
         slot = self._slots.get(name)
         if slot is None:
             free = sorted(set(range(self._num_slots)) - set(self._slots.values()))
@@ -244,6 +291,14 @@ class PeftAdapters:
                 layer.pool.fill(name, slot, *factors, module.scaling, gains.get(module_name))
             else:
                 layer.pool.ranks[slot] = 0
+        self._drop_saved(slot)
+        for module_name, saved in adapter.saved.items():
+            if module_name not in self._saved:
+                self._saved[module_name] = PerAdapterModule(self._model.get_submodule(module_name), self.routing)
+                self._model.set_submodule(module_name, self._saved[module_name])
+            own = copy.deepcopy(self._saved[module_name].base_layer).requires_grad_(False)
+            own.load_state_dict({parameter: tensor for parameter, (_, tensor) in saved.items()})
+            self._saved[module_name].copies[str(slot)] = own
         self._slots[name], self._adapters[name] = slot, adapter
 
     def _wrap(self, name: str, module: nn.Module) -> MultiLoRALinear | MultiLoRAEmbedding:
