@@ -415,3 +415,25 @@ def test_corda_as_its_authors_write_it(tmp_path):
     with pytest.raises(ValueError, match="initial adapter of adapter 'plain' must be given for a start that changes"):
         write(tmp_path / "plain", q_proj())
         load_peft_adapters(Model(), {"plain": tmp_path / "plain"}, initial_adapters={"plain": tmp_path / "start"})
+
+
+def test_an_adapter_that_does_not_fit_leaves_the_others_to_the_bit(tmp_path):
+    model, tokens = Model(), torch.randint(0, 30, (2, 3))
+    served = load_peft_adapters(model, {"good": write(tmp_path / "good", q_proj())}, num_slots=2, rows_per_layer=3)
+    served.use(["good", None])
+    before = model(tokens), {key: value.clone() for key, value in model.state_dict().items()}
+    wide = {"r": 3, "rank_pattern": {}}
+    both = q_proj(1) | q_proj(0)
+    double = {key: tensor.double() for key, tensor in q_proj().items()}
+    bad = {
+        "rank": (q_proj(1, rank=3), wide, r"adapter 'rank'.*at most max_rank=2.*key .*layers.1.q_proj.lora_A.weight"),
+        "rows": (both, {}, r"adapter 'rows'.*longest run of free rows.*key .*layers.0.q_proj.lora_A.weight"),
+        "type": (double, {}, "layers.0.q_proj.lora_A.*adapter 'type'.*float64"),
+    }
+    for name, (tensors, config, message) in bad.items():
+        with pytest.raises(ValueError, match=message):
+            served.add(name, write(tmp_path / name, tensors, **config))
+        assert served.names == ["good"] and torch.equal(model(tokens), before[0])
+        state = model.state_dict()
+        assert state.keys() == before[1].keys()
+        assert all(torch.equal(value, before[1][key]) for key, value in state.items())

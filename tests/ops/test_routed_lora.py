@@ -373,3 +373,95 @@ def test_compile(backend):
         assert torch.equal(out, expected)
         grads = torch.autograd.grad(out.sum(), (a, b))
         assert all(torch.equal(*pair) for pair in zip(grads, torch.autograd.grad(expected.sum(), (a, b)), strict=True))
+
+
+# tokens without adapters, an entry named twice, no base, rows a pair
+@pytest.mark.parametrize("with_base", [True, False])
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sparse_entries(backend, dtype, top_k, with_base):
+    ids, weights = pairs(17, 3, top_k)
+    rows, columns = torch.randint(0, 9, (3, 6), dtype=torch.int32), torch.randint(0, 20, (3, 6))
+    rows[:, 1], columns[:, 1] = rows[:, 0], columns[:, 0]
+    tensors = [torch.randn(17, 20).to(dtype), torch.randn(3, 4, 20).to(dtype), torch.randn(3, 9, 4).to(dtype), weights]
+    tensors += [torch.randn(3, 6).to(dtype)] + [torch.randn(17, 9).to(dtype)] * with_base
+
+    def op(x, a, b, w, values, *base, backend):
+        y = base[0] if base else None
+        return routed_lora(x, a, b, ids, w, scaling=0.5, sparse=(rows, columns, values), base=y, backend=backend)
+
+    check(op, tensors, backend)
+    x, a, b, w, values, *base = tensors
+    out = op(x, a, b, w, values, *base, backend=backend)
+    none = (ids < 0).all(1)
+    assert torch.equal(out[none], base[0][none] if base else torch.zeros_like(out[none]))
+    entries = rows, columns, values
+    for t in (0, 16):
+        alone = routed_lora(
+            x[t : t + 1], a, b, ids[t : t + 1], w[t : t + 1], scaling=0.5, sparse=entries,
+            base=base[0][t : t + 1] if base else None, backend=backend,
+        )  # fmt: skip
+        assert torch.equal(alone, out[t : t + 1])
+
+
+def test_sparse_gradcheck_and_bad_input(backend):
+    ids = torch.tensor([[0, -1], [2, 0], [1, 2], [-1, -1]])
+    rows, columns = torch.tensor([[0, 4], [1, 1], [2, 3]]), torch.tensor([[0, 1], [2, 2], [1, 0]])
+    x, base, weights = torch.randn(4, 3).double(), torch.randn(4, 5).double(), torch.randn(4, 2).double()
+    a, b, values = torch.randn(3, 2, 3).double(), torch.randn(3, 5, 2).double(), torch.randn(3, 2).double()
+    assert torch.autograd.gradcheck(
+        lambda x, a, b, w, base, v: routed_lora(x, a, b, ids, w, base=base, sparse=(rows, columns, v), backend=backend),
+        [tensor.requires_grad_() for tensor in (x, a, b, weights, base, values)],
+    )
+    bad = [
+        (ValueError, r"sparse rows must be in \[0, 5\), got 1 to 5", (rows + 1, columns, values), {}),
+        (ValueError, r"sparse columns must be in \[0, 3\), got -1 to 1", (rows, columns - 1, values), {}),
+        (
+            ValueError,
+            r"sparse rows must be of shape \[num_adapters=3, num_entries=2\]",
+            (rows[:2], columns, values),
+            {},
+        ),
+        (TypeError, "sparse rows must be one of torch.int32, torch.int64", (rows.double(), columns, values), {}),
+        (TypeError, "sparse values must be torch.float64, got torch.float32", (rows, columns, values.float()), {}),
+        (ValueError, "sparse must be None with combine='factor'", (rows, columns, values), {"combine": "factor"}),
+        (ValueError, "sparse must be None with combine=.* reduce=False", (rows, columns, values), {"reduce": False}),
+    ]
+    for error, message, entries, more in bad:
+        with pytest.raises(error, match=message):
+            routed_lora(x, a, b, ids, sparse=entries, **more, backend=backend)
+    with pytest.raises(ValueError, match="sparse must be None with slices"):
+        routed_lora(x, [a], [b], ids, sparse=(rows, columns, values), backend=backend)
+    with pytest.raises(RuntimeError, match=r"must be -1 or in \[0, num_adapters=3\), got 3"):
+        routed_lora(x, a, b, ids + 1, sparse=(rows, columns, values), backend=backend)
+
+
+@pytest.mark.with_reference
+def test_sparse_entries_alone(backend):
+    """Adapters of rank 0: a few entries and nothing else; integers, so that every sum is exact."""
+    ids = torch.tensor([[0, -1], [2, 0], [1, 2], [-1, -1]])
+    rows, columns = torch.randint(0, 9, (3, 6)), torch.randint(0, 20, (3, 6))
+    x, values = (torch.randint(-8, 9, shape).float() for shape in ((4, 20), (3, 6)))
+    factors = torch.zeros(3, 0, 20), torch.zeros(3, 9, 0)
+    out = routed_lora(x, *factors, ids, sparse=(rows, columns, values), backend=backend)
+    expected = torch.zeros(4, 9)
+    for t, k in (ids >= 0).nonzero().tolist():
+        for row, column, value in zip(*(found[ids[t, k]].tolist() for found in (rows, columns, values)), strict=True):
+            expected[t, row] += value * x[t, column]
+    assert torch.equal(out, expected) and out.any()
+    with torch.autocast("cpu", torch.bfloat16):
+        low = routed_lora(x, *factors, ids, sparse=(rows, columns, values))
+    assert low.dtype == torch.bfloat16 and torch.equal(low, expected.bfloat16())
+
+
+def test_sparse_compiles():
+    rows, columns = torch.randint(0, 9, (3, 6)), torch.randint(0, 20, (3, 6))
+    a, b, values = torch.randn(3, 4, 20), torch.randn(3, 9, 4), torch.randn(3, 6)
+
+    def call(x, ids, base):
+        return routed_lora(x, a, b, ids, sparse=(rows, columns, values), base=base)
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for num_tokens in (5, 8):
+        arguments = torch.randn(num_tokens, 20), torch.randint(-1, 3, (num_tokens,)), torch.randn(num_tokens, 9)
+        assert torch.equal(compiled(*arguments), call(*arguments))

@@ -278,7 +278,10 @@ class PeftAdapters:
                 new[module_name] = layer
             if module.magnitude is not None:
                 gains[module_name] = _dora_gain(layer.weight, module)
-            layer.pool.check(name, slot, *self._factors(layer, module), gains.get(module_name))
+            try:
+                layer.pool.check(name, slot, *self._factors(layer, module), gains.get(module_name))
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"{error} (key {module.keys['a']})") from None
         for module_name, layer in new.items():
             for other in self._slots.values():
                 layer.pool.ranks[other] = 0  # adapters that leave this layer alone

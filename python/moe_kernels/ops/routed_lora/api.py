@@ -39,6 +39,7 @@ def routed_lora(
     diagonal: Tensor | None = None,
     row_scale: Tensor | None = None,
     base_gate: Tensor | None = None,
+    sparse: tuple[Tensor, Tensor, Tensor] | None = None,
     reduce: bool = True,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -51,6 +52,8 @@ def routed_lora(
       one mixed pair of factors, so that cross terms ``B_e A_f`` appear. All adapters of a token then have one rank;
     * ``row_scale`` g (DoRA's ``m / |W + s B A|``): ``out[t] = base[t] + sum_k w * ((g_e - 1) * base[t] + g_e *
       s B_e A_e x[t])``, which is ``g_e * (base + delta)`` for one adapter of weight 1; ``base`` then excludes the bias;
+    * ``sparse`` (DSEE's S2, arXiv 2111.00160): ``out[t, rows[e, j]] += sum_k w * values[e, j] * x[t, columns[e, j]]``,
+      a few entries of the weight beside the low-rank term, not scaled by s;
     * ``reduce=False``: the pairs' own rows ``s * B_e (…)``, unweighted, without a base, zero for -1.
 
     An id of -1 is no adapter. A token without adapters returns its base to the bit. Sums run in float32 (float64 for
@@ -78,19 +81,25 @@ def routed_lora(
         diagonal: [num_adapters, rank] or packed [num_rows]: scales the rank's vector (KaSA, 2412.06071).
         row_scale: [num_adapters, out], dtype of ``x``.
         base_gate: [num_tokens]: multiplies the base first.
+        sparse: rows and columns, int32 or int64 in [0, out) and [0, in), and values, dtype of ``x``, each
+            [num_adapters, num_entries]; an entry named twice counts twice. Not with "factor", ``row_scale``, slices or
+            ``reduce=False``. It is composed of PyTorch's indexing on every backend.
         backend: see :mod:`moe_kernels`.
 
     Returns:
         [num_tokens, out], or [num_tokens, top_k, out] with ``reduce=False``; dtype of ``x``. Under ``torch.autocast``
         x, the factors and the base are cast to the autocast dtype. Differentiable in ``x``, the factors,
-        ``adapter_weights``, ``scaling``, ``base``, ``diagonal``, ``row_scale`` and ``base_gate``. The router's gradient
-        is a product of vectors of the rank's length: nothing of shape [num_tokens, top_k, out] is made for it.
+        ``adapter_weights``, ``scaling``, ``base``, ``diagonal``, ``row_scale``, ``base_gate`` and the sparse values.
+        The router's gradient is a product of vectors of the rank's length: nothing of shape [num_tokens, top_k, out] is
+        made for it.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices that do not fit; the message names the argument.
         RuntimeError: an id names no adapter or an empty slot (on the CPU; a GPU adds nothing), or a backend is missing.
     """
     if not isinstance(lora_a, Tensor):
+        if sparse is not None:
+            raise value_error("routed_lora", "sparse", "None with slices", "tensors", "call each slice on its own")
         return _slices(
             x, lora_a, lora_b, adapter_ids, adapter_weights, base, reduce, row_scale, diagonal,
             scaling=scaling, ranks=ranks, rank_starts=rank_starts, max_rank=max_rank, combine=combine,
@@ -101,6 +110,7 @@ def routed_lora(
     check_tensor(op, "lora_b", lora_b)
     if autocast_enabled(x.device.type):
         x, lora_a, lora_b, base = autocast(x.device.type, x, lora_a, lora_b, base)
+        sparse = None if sparse is None else (*sparse[:2], sparse[2].to(x.dtype))
     adapter_ids, adapter_weights = _check_pairs(op, x, adapter_ids, adapter_weights)
     num_tokens, top_k = adapter_ids.shape
     num_adapters, max_rank = _check_factor(op, "lora_a", x, lora_a, ranks, rank_starts, max_rank)
@@ -118,19 +128,23 @@ def routed_lora(
     _check_epilogue(
         op, combine, activation, diagonal, row_scale, base_gate, base, reduce, x, lora_a, num_adapters, lora_b
     )
+    rows, columns, values = (None, None, None) if sparse is None else sparse
+    if sparse is not None:
+        _check_sparse(op, combine, row_scale, reduce, rows, columns, values, x, num_adapters, out_features)
     check_same_device(
         op, x=x, lora_a=lora_a, lora_b=lora_b, adapter_ids=adapter_ids, adapter_weights=adapter_weights, ranks=ranks,
-        rank_starts=rank_starts, base=base, scaling=scaling, diagonal=diagonal, row_scale=row_scale,
+        rank_starts=rank_starts, base=base, scaling=scaling, diagonal=diagonal, row_scale=row_scale, rows=rows,
+        columns=columns, values=values,
     )  # fmt: skip
     if base_gate is not None:
         base = (base * base_gate[:, None]).to(x.dtype)
     backend = resolve(op, backend, x.device.type)
     if backend == "reference":
-        rows = x if x.dim() == 3 else x[:, None].expand(-1, top_k, -1)
+        pair_rows = x if x.dim() == 3 else x[:, None].expand(-1, top_k, -1)
         return reference.routed_lora(
-            rows, lora_a, lora_b, adapter_ids, adapter_weights, scaling,
+            pair_rows, lora_a, lora_b, adapter_ids, adapter_weights, scaling,
             rank_starts=rank_starts, ranks=ranks, max_rank=max_rank, base=base, combine=combine, activation=activation,
-            diagonal=diagonal, row_scale=row_scale, reduce=reduce,
+            diagonal=diagonal, row_scale=row_scale, reduce=reduce, sparse=sparse,
         )  # fmt: skip
     table = (rank_starts, ranks)
     if x.dim() == 3:
@@ -138,6 +152,8 @@ def routed_lora(
         v = v.reshape(num_tokens, top_k, max_rank)
     else:
         v = _shrink(x, lora_a, *table, adapter_ids, max_rank)
+    if sparse is not None:  # only now: lora_shrink has refused ids that name no adapter
+        base = _add_sparse(x, adapter_ids, adapter_weights, rows, columns, values, base, out_features)
     if combine == "factor":
         mixed = v if adapter_weights is None else v * adapter_weights.to(v.dtype)[..., None]
         v = mixed.sum(1, keepdim=True).expand(-1, top_k, -1)
@@ -263,6 +279,23 @@ def _slices(x, lora_a, lora_b, adapter_ids, adapter_weights, base, reduce, row_s
     return torch.cat(out, -1)
 
 
+def _add_sparse(x, adapter_ids, adapter_weights, rows, columns, values, base, out_features: int) -> Tensor:
+    """The base with each token's sparse entries added, rounded once; without adapters, its bits."""
+    num_tokens, top_k = adapter_ids.shape
+    ids, accumulator = adapter_ids.clamp_min(0).long(), native.accumulator(x.dtype)
+    entries = x[:, None].expand(-1, top_k, -1) if x.dim() == 2 else x
+    terms = entries.gather(2, columns.long()[ids]).to(accumulator) * values[ids]
+    if adapter_weights is not None:
+        terms = terms * adapter_weights.to(accumulator)[..., None]
+    used = adapter_ids >= 0
+    terms = torch.where(used[..., None], terms, 0)
+    total = x.new_zeros(num_tokens, out_features, dtype=accumulator) if base is None else base.to(accumulator)
+    # index_put sorts where it accumulates: one order of sums, on a GPU too
+    token = torch.arange(num_tokens, device=x.device)[:, None, None].expand(terms.shape)
+    total = total.index_put((token, rows.long()[ids]), terms, accumulate=True).to(x.dtype)
+    return total if base is None else torch.where(used.any(1, keepdim=True), total, base)
+
+
 def _shrink(x: Tensor, factor: Tensor, *arguments) -> Tensor:
     if torch.is_grad_enabled() and (x.requires_grad or factor.requires_grad):
         return autograd.LoraShrink.apply(x, factor, *arguments)
@@ -379,3 +412,22 @@ def _check_epilogue(
         raise shape_error(op, "row_scale", f"[num_adapters={num_adapters}, out={lora_b.shape[-1]}]", row_scale)
     if base_gate is not None and base_gate.shape != x.shape[:1]:
         raise shape_error(op, "base_gate", f"[num_tokens={x.shape[0]}]", base_gate)
+
+
+def _check_sparse(op, combine, row_scale, reduce, rows, columns, values, x, num_adapters, out_features) -> None:
+    if combine == "factor" or row_scale is not None or not reduce:
+        expected = "None with combine='factor', row_scale or reduce=False"
+        raise value_error(op, "sparse", expected, "rows, columns and values")
+    for name, tensor, limit in (("rows", rows, out_features), ("columns", columns, x.shape[-1])):
+        check_tensor(op, f"sparse {name}", tensor)
+        if tensor.dtype not in ID_DTYPES:
+            raise dtype_error(op, f"sparse {name}", ID_DTYPES, tensor)
+        if tensor.dim() != 2 or tensor.shape != (num_adapters, values.shape[-1]):
+            expected = f"[num_adapters={num_adapters}, num_entries={values.shape[-1]}] like values"
+            raise shape_error(op, f"sparse {name}", expected, tensor)
+        # a GPU or a compiled graph is not asked: indexing itself refuses
+        asked = tensor.device.type == "cpu" and tensor.numel() and not torch.compiler.is_compiling()
+        if asked and not 0 <= int(tensor.min()) <= int(tensor.max()) < limit:
+            raise value_error(op, f"sparse {name}", f"in [0, {limit})", f"{int(tensor.min())} to {int(tensor.max())}")
+    if values.dtype != x.dtype:
+        raise dtype_error(op, "sparse values", x.dtype, values, "it must equal that of x")

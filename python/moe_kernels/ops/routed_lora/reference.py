@@ -104,12 +104,13 @@ def routed_lora(
     diagonal: Tensor | None,
     row_scale: Tensor | None,
     reduce: bool,
+    sparse: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """The equations of :func:`moe_kernels.routed_lora`, every pair's factors written out; ``x`` has a row a pair."""
     num_adapters = len(lora_a) if rank_starts is None else len(rank_starts)
     check_ids("routed_lora", adapter_ids, num_adapters, ranks)
     num_tokens, top_k = adapter_ids.shape
-    if num_adapters == 0 or max_rank == 0:
+    if num_adapters == 0 or (max_rank == 0 and sparse is None):
         delta = x.new_zeros(num_tokens, top_k, lora_b.shape[-1])
         used = torch.zeros_like(adapter_ids, dtype=torch.bool)
     else:
@@ -129,6 +130,12 @@ def routed_lora(
         if diagonal is not None:
             v = v * gather_rows(diagonal, rank_starts, adapter_ids, max_rank, mask)
         delta = torch.einsum("tkr,tkro->tko", torch.where(mask, v, 0), b * scales)
+        if sparse is not None:  # as a matrix for each adapter
+            rows, columns, values = sparse
+            adapter = torch.arange(num_adapters, device=x.device)[:, None].expand(rows.shape)
+            matrices = values.new_zeros(num_adapters, delta.shape[2], x.shape[2])
+            matrices = matrices.index_put((adapter, rows.long(), columns.long()), values, accumulate=True)
+            delta = delta + torch.einsum("tki,tkoi->tko", x, matrices[ids])
         if not reduce:
             return delta
         if row_scale is not None:
