@@ -437,3 +437,23 @@ def test_an_adapter_that_does_not_fit_leaves_the_others_to_the_bit(tmp_path):
         state = model.state_dict()
         assert state.keys() == before[1].keys()
         assert all(torch.equal(value, before[1][key]) for key, value in state.items())
+
+
+@torch.no_grad()
+def test_x_lora_over_loaded_adapters(tmp_path):
+    from moe_kernels.nn import XLoRA, XLoRAClassifier
+
+    model, tokens = Model(), torch.randint(0, 30, (2, 3))
+    folders = {name: write(tmp_path / name, q_proj(1) | q_proj(0)) for name in ("one", "two")}
+    served = load_peft_adapters(model, folders)
+    assert list(served.layers) == ["layers.0.q_proj", "layers.1.q_proj"]
+    weights = torch.rand(2, 2)
+    served.mix(["one", "two"], weights)
+    mixed = model(tokens)
+    xlora = XLoRA(model, list(served.layers.values()), XLoRAClassifier(12, 2, 2))
+    xlora.set_weights(weights[:, None, None].expand(2, 3, 2, 2))
+    assert torch.equal(model(tokens), mixed)
+    xlora.set_weights(torch.zeros(2, 3, 2, 2))
+    assert not torch.equal(model(tokens), mixed)
+    served.mix(["one", "two"], weights)
+    assert torch.equal(model(tokens), mixed)

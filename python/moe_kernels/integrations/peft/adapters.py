@@ -89,6 +89,15 @@ class PeftAdapters:
         """The adapters that are there."""
         return list(self._slots)
 
+    @property
+    def layers(self) -> dict[str, MultiLoRALinear | MultiLoRAEmbedding]:
+        """The adapted layers by name, in the model's order: what :class:`~moe_kernels.nn.XLoRA` takes.
+
+        Adapters are slots in the order in which they were loaded. :meth:`use` and :meth:`mix` give all layers the
+        routing of this object again.
+        """
+        return {name: self._layers[name] for name, _ in self._model.named_modules() if name in self._layers}
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The factors of all adapters, in two tensors a layer, for an optimizer; frozen until ``requires_grad_``.
 
