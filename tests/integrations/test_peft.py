@@ -457,3 +457,15 @@ def test_x_lora_over_loaded_adapters(tmp_path):
     assert not torch.equal(model(tokens), mixed)
     served.mix(["one", "two"], weights)
     assert torch.equal(model(tokens), mixed)
+
+
+def test_training_is_refused_with_dora(tmp_path):
+    name = f"{PREFIX}layers.0.q_proj"
+    dora = q_proj(**{f"{name}.lora_magnitude_vector": torch.rand(12)})
+    folders = {"dora": write(tmp_path / "dora", dora, use_dora=True), "plain": write(tmp_path / "plain", q_proj())}
+    served = load_peft_adapters(Model(), folders)
+    with pytest.raises(ValueError, match="adapter 'dora' must be without DoRA to be trained"):
+        served.requires_grad_()
+    assert not any(parameter.requires_grad for parameter in served.parameters())
+    served.evict("dora")
+    assert all(parameter.requires_grad for parameter in served.requires_grad_().parameters())

@@ -151,7 +151,6 @@ def test_poly_draws_in_training_and_comes_back():
     layer, routing = poly()
     tasks = torch.zeros(2000, dtype=torch.int32)
     weights = layer.weights(tasks)
-    # the relaxed sample is above one half as often as a Bernoulli of these logits is 1; the weights keep its order
     assert weights.shape == (2000, 2, NUM) and weights.std(0).min() > 0
     torch.manual_seed(1)
     first = layer.weights(tasks[:3])

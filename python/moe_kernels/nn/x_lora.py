@@ -98,10 +98,11 @@ class XLoRA(nn.Module):
         for routing in self.routings:
             routing.set(None)
         if self.scaling_pass_value:
-            batch = len(arguments[0] if arguments else next(iter(options.values())))
-            ids = torch.arange(self.classifier.num_adapters, dtype=torch.int32).expand(batch, -1)
+            first = arguments[0] if arguments else next(iter(options.values()))
+            ids = torch.arange(self.classifier.num_adapters, dtype=torch.int32, device=first.device)
+            ids = ids.expand(len(first), -1)
             for routing in self.routings:
-                routing.set(ids, torch.full(ids.shape, self.scaling_pass_value))
+                routing.set(ids, torch.full(ids.shape, self.scaling_pass_value, device=ids.device))
         return self.model(*arguments, **options, output_hidden_states=True).hidden_states[-1]
 
     def set_weights(self, weights: Tensor) -> None:
