@@ -1,6 +1,6 @@
 """PEFT's LoRA adapters, many in one batch.
 
-Read in this order: :mod:`folder` (what a folder holds, and what is refused), :mod:`adapters` (serving),
+Read in this order: :mod:`folder` (what a folder holds, and what is refused), :mod:`convert`, :mod:`adapters` (serving),
 :mod:`new`, :mod:`bases`.
 """
 

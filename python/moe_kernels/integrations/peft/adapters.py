@@ -82,6 +82,7 @@ class PeftAdapters:
         self._layers: dict[str, MultiLoRALinear | MultiLoRAEmbedding] = {}
         self._saved: dict[str, PerAdapterModule] = {}
         self._maps: dict[str, LayerMap] = {}
+        self._own_routings: dict[str, AdapterRouting] = {}  # of each layer, where maps tell layers apart
         self.routing = AdapterRouting()
 
     @property
@@ -137,6 +138,9 @@ class PeftAdapters:
         if not any(name in self._maps for name in names):
             ids = torch.tensor([-1 if name is None else self._slot(name) for name in names], dtype=torch.int32)
             return self._share(ids.to(device))
+        for name in names:
+            for adapter in self._maps[name].adapters if name in self._maps else ():
+                self._check_mixable(adapter)
         rows = {}
         for module_name in self._layers:
             of_names = [
@@ -154,9 +158,10 @@ class PeftAdapters:
         plain = [self._slots.get(name, -1) for name in names]
         self.routing.set(torch.tensor(plain, dtype=torch.int32, device=device))
         for module_name, row in rows.items():  # only now: a name that is not loaded leaves the last batch's in place
-            layer = self._layers[module_name]
-            layer.routing = AdapterRouting()
-            layer.routing.set(*row)
+            # the same object for every batch: compiled code is not compiled again
+            own = self._own_routings.setdefault(module_name, AdapterRouting())
+            own.set(*row)
+            self._layers[module_name].routing = own
 
     def define(self, name: str, layers: LayerMap) -> None:
         """Gives a mixture of loaded adapters, which may differ from layer to layer, a name for :meth:`use`.
