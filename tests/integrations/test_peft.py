@@ -469,3 +469,17 @@ def test_training_is_refused_with_dora(tmp_path):
     assert not any(parameter.requires_grad for parameter in served.parameters())
     served.evict("dora")
     assert all(parameter.requires_grad for parameter in served.requires_grad_().parameters())
+
+
+def test_a_map_is_refused_once_its_adapter_has_whole_modules(tmp_path):
+    from moe_kernels.nn import LayerMap
+
+    served = load_peft_adapters(Model(), {"one": write(tmp_path / "one", q_proj())})
+    served.define("all", LayerMap({"": {"one": 1.0}}))
+    served.use(["all"])
+    whole = q_proj(**{f"{PREFIX}head.weight": torch.ones(30, 12)})
+    served.add("one", write(tmp_path / "whole", whole, modules_to_save=["head"]))
+    with pytest.raises(ValueError, match="adapter 'one' must have no modules_to_save to be mixed"):
+        served.use(["all"])
+    with pytest.raises(ValueError, match="adapter's name must be none of the maps', got 'all'"):
+        served.add("all", tmp_path / "one")
