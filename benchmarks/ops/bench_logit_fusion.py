@@ -1,4 +1,4 @@
-"""Fusing three rows of logits: log-probabilities and a drawn token, beside torch's chains and a copy of the logits."""
+"""Fusing three rows of logits: log-probabilities, a drawn token, a solved weight, beside torch and a copy of them."""
 
 from collections.abc import Callable
 
@@ -6,11 +6,20 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import MEMCPY, Candidate, Cell, Cells, Check, Context, check
-from moe_kernels import _dispatch, fuse_logits
+from moe_kernels import _dispatch, fuse_logits, solve_tilt, tilt_stats
 
-SUMMARY = "fuse_logits of a base and a tuned pair: log-probabilities, one drawn token"
+SUMMARY = "fuse_logits of a base and a tuned pair: log-probabilities, one drawn token, a weight solved for each row"
 DEFAULTS = dict(shapes=["mixtral-8x7b", "A"], dtypes=["fp32", "bf16"], tokens=[1, 8, 64])
-PROVIDER_NAMES = ["ours", "torch_eager", "torch_compile", "torch_multinomial", "torch_cumsum", MEMCPY]
+PROVIDER_NAMES = [
+    "ours",
+    "torch_eager",
+    "torch_compile",
+    "torch_multinomial",
+    "torch_cumsum",
+    "ours_grid",
+    "torch_grid",
+    MEMCPY,
+]
 
 #: vocab_size in the config.json of the models behind the shapes
 _VOCAB_SIZES = {"mixtral-8x7b": 32_000, "A": 151_936, "toy": 600}
@@ -33,6 +42,7 @@ def cells(context: Context) -> Cells:
                 ]
                 yield _log_probs_cell(context, shape_name, dtype, inputs)
                 yield _sample_cell(context, shape_name, dtype, inputs)
+                yield _solve_cell(context, shape_name, dtype, inputs)
 
 
 def _cell(context: Context, op: str, shape_name: str, inputs: list[Sources], written: int, *candidates) -> Cell:
@@ -119,3 +129,45 @@ def _sample_cell(context: Context, shape_name: str, dtype: torch.dtype, inputs: 
         Candidate("torch_cumsum", _on(inputs, cumsum), version=torch.__version__),
     ]
     return _cell(context, "fused_sample", shape_name, inputs, 8 * num_tokens, *candidates)
+
+
+def _eager_grid(sources: Sources) -> Tensor:
+    """Dynamic Logits Fusion's search as its authors give it: 21 points, the first of the smallest."""
+    base, tuned, untuned = (source.float().log_softmax(1) for source in sources)
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return (p.exp() * (p - q)).sum(1)
+
+    wanted = kl(tuned, untuned), kl(untuned, tuned)
+    costs = []
+    for step in range(21):
+        tilted = (base + 0.1 * step * (tuned - untuned)).log_softmax(1)
+        costs.append((kl(tilted, base) - wanted[0]).square() + (kl(base, tilted) - wanted[1]).square())
+    return torch.stack(costs).argmin(0) * 0.1
+
+
+def _solve_cell(context: Context, shape_name: str, dtype: torch.dtype, inputs: list[Sources]) -> Cell:
+    def solve(sources: Sources, grid: int | None = None, backend: str = "auto") -> Tensor:
+        base, tuned, untuned = sources
+        stats = tilt_stats(untuned, (tuned, untuned), [0.0, 1.0], backend=backend)
+        wanted = stats.mean[:, 1] - stats.log_partition[:, 1], stats.log_partition[:, 1] - stats.mean[:, 0]
+        return solve_tilt(base, (tuned, untuned), "match", wanted, grid=grid, backend=backend).alpha
+
+    def on_grid(sources: Sources) -> Tensor:
+        return solve(sources, 21)
+
+    def checked(grid: int | None) -> Callable[[], Check]:
+        def compare() -> Check:
+            some = [source[:8] for source in inputs[0]]
+            expected = solve([source.double() for source in some], grid, "reference")
+            return check(solve(some, grid), expected, solve(some, grid, "reference"), "alpha")
+
+        return compare
+
+    backend = _dispatch.resolve("solve_tilt", "auto", "cpu")
+    candidates = [
+        Candidate("ours", _on(inputs, solve), checked(None), True, backend),
+        Candidate("ours_grid", _on(inputs, on_grid), checked(21), True, backend),
+        Candidate("torch_grid", _on(inputs, _eager_grid), version=torch.__version__),
+    ]
+    return _cell(context, "solved_weight", shape_name, inputs, 8 * inputs[0][0].shape[0], *candidates)

@@ -25,6 +25,7 @@ static constexpr LogitKernels<Acc> make() {
       .linear_grad = linear_grad<Acc>,
       .mixture_grad = mixture_grad<Acc>,
       .inner_of_nonzero = inner_of_nonzero<Acc>,
+      .tilt_row = tilt_row<Acc>,
       .tilt_block = tilt_block<Acc>,
       .tilt_grid = tilt_grid<Acc>,
   };

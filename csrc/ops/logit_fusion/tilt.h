@@ -13,6 +13,7 @@ enum class TiltStatus : int32_t { solved, at_low, at_high, broken };
 // A(a) up to a constant of the row, A'(a) and A''(a).
 struct TiltStats {
   double log_sum, mean, variance;
+  double top;  // the largest exponent
 };
 
 template <class Acc>
@@ -23,32 +24,15 @@ class TiltRow {
     const int64_t n = sources.vocab_size();
     base_ = scratch.take<Acc>(n);
     direction_ = scratch.take<Acc>(n);
-    Acc* subtracted = scratch.take<Acc>(n);
     const auto load = [&](int64_t k, Acc* out) {
       usable_ &= logit_kernels<Acc>().load(sources.source(row, k), 0, n, out);
     };
     load(0, base_);
     load(1, direction_);
-    if (sources.num_sources() > 2)
-      load(2, subtracted);
-    else
-      std::fill_n(subtracted, n, Acc{0});
-    if (!usable_) return;
-    // a token that any of them rules out takes part nowhere
-    constexpr Acc none = -std::numeric_limits<Acc>::infinity();
-    int64_t top = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      if (base_[i] == none || direction_[i] == none || subtracted[i] == none) continue;
-      base_[size_] = base_[i];
-      direction_[size_] = direction_[i] - subtracted[i];
-      if (base_[size_] > base_[top]) top = size_;
-      ++size_;
-    }
+    Acc* subtracted = sources.num_sources() > 2 ? scratch.take<Acc>(n) : nullptr;
+    if (subtracted != nullptr) load(2, subtracted);
+    if (usable_) size_ = logit_kernels<Acc>().tilt_row(base_, direction_, subtracted, n, &center_);
     usable_ = size_ > 0;
-    if (!usable_) return;
-    // a constant of the direction moves A' alone; without it A'' is no difference of large numbers
-    center_ = direction_[top];
-    for (int64_t i = 0; i < size_; ++i) direction_[i] -= center_;
   }
 
   bool usable() const { return usable_; }
@@ -61,17 +45,18 @@ class TiltRow {
     TiltBlock total{-std::numeric_limits<double>::infinity(), 0, 0, 0};
     for (int64_t begin = 0; begin < size_; begin += kLogitBlock) {
       const TiltBlock part = logit_kernels<Acc>().tilt_block(
-          base_ + begin, direction_ + begin, std::min(kLogitBlock, size_ - begin), static_cast<Acc>(alpha));
+          base_ + begin, direction_ + begin, std::min(kLogitBlock, size_ - begin), alpha);
       const double top = std::max(total.top, part.top);
       const double before = std::exp(total.top - top), now = std::exp(part.top - top);
       total = {top, total.sum * before + part.sum * now, total.first * before + part.first * now,
                total.second * before + part.second * now};
     }
     const double mean = total.first / total.sum;
-    return {total.top + std::log(total.sum), mean, std::max(0.0, total.second / total.sum - mean * mean)};
+    return {total.top + std::log(total.sum), mean, std::max(0.0, total.second / total.sum - mean * mean),
+            total.top};
   }
 
-  // log_sum and mean at low + j step for j in [0, num_points), in one pass where the row's numbers allow it.
+  // Only log_sum and mean, at low + j step for j in [0, num_points), in one pass where the row's numbers allow it.
   void at_grid(double low, double step, int64_t num_points, TiltStats* stats) {
     Scratch scratch;
     double* sums = scratch.take<double>(num_points);
@@ -80,9 +65,9 @@ class TiltRow {
     fill_zero(means, num_points);
     // the largest base + alpha direction is convex in alpha: no point's is above the chord between the ends'
     const double last = low + step * static_cast<double>(num_points - 1);
-    const double first_top = largest_at(low), last_top = largest_at(last);
+    const double first_top = at(low).top, last_top = at(last).top;
     const TiltGrid grid{low, step, first_top, (last_top - first_top) / static_cast<double>(num_points - 1), num_points};
-    bool in_range = std::isfinite(first_top) && std::isfinite(last_top);
+    bool in_range = true;
     ++num_sweeps_;
     for (int64_t begin = 0; begin < size_ && in_range; begin += kLogitBlock)
       in_range = logit_kernels<Acc>().tilt_grid(base_ + begin, direction_ + begin, std::min(kLogitBlock, size_ - begin),
@@ -90,19 +75,14 @@ class TiltRow {
     for (int64_t j = 0; j < num_points; ++j) {
       const double alpha = low + step * static_cast<double>(j);
       if (in_range && sums[j] > 1e-6)
-        stats[j] = {first_top + static_cast<double>(j) * grid.top_step + std::log(sums[j]), means[j] / sums[j], 0};
+        stats[j] = {first_top + static_cast<double>(j) * grid.top_step + std::log(sums[j]), means[j] / sums[j], 0,
+                    0};
       else
         stats[j] = at(alpha);
     }
   }
 
  private:
-  double largest_at(double alpha) const {
-    Acc top = -std::numeric_limits<Acc>::infinity();
-    for (int64_t i = 0; i < size_; ++i) top = std::max(top, base_[i] + static_cast<Acc>(alpha) * direction_[i]);
-    return static_cast<double>(top);
-  }
-
   Acc* base_;
   Acc* direction_;
   Acc center_ = 0;
@@ -128,8 +108,8 @@ class TiltSolver {
     if (at_low >= 0) return {low, at_low, TiltStatus::at_low};
     const double at_high = evaluate(target, high).value - wanted;
     if (at_high <= 0) return {high, at_high, TiltStatus::at_high};
-    double alpha = rounded(first_guess(target, wanted));
-    if (!(alpha > low && alpha < high)) alpha = rounded((low + high) / 2);
+    double alpha = first_guess(target, wanted);
+    if (!(alpha > low && alpha < high)) alpha = (low + high) / 2;
     double residual = 0;
     for (int step = 0; step < kMaxSteps; ++step) {
       const Value here = evaluate(target, alpha);
@@ -155,7 +135,7 @@ class TiltSolver {
         best = i;
       }
     }
-    double alpha = rounded(begin + width * static_cast<double>(best) / kIntervals);
+    double alpha = begin + width * static_cast<double>(best) / kIntervals;
     double low = std::max(begin, alpha - width / kIntervals), high = std::min(begin + width, alpha + width / kIntervals);
     for (int step = 0; step < kMaxSteps && width > 0; ++step) {
       const Misfit here = misfit(alpha, kl, reverse_kl);
@@ -210,11 +190,7 @@ class TiltSolver {
     double cost, slope, curvature;  // of Gauss and Newton
   };
 
-  // the number that the kernels take for it
-  static double rounded(double alpha) { return static_cast<double>(static_cast<Acc>(alpha)); }
-
   Value evaluate(TiltTarget target, double alpha) {
-    alpha = rounded(alpha);
     const TiltStats here = row_.at(alpha);
     const double log_sum = here.log_sum - origin_.log_sum, shift = here.mean - origin_.mean;
     switch (target) {
@@ -240,7 +216,7 @@ class TiltSolver {
             first_slope * first_slope + shift * shift};
   }
   Misfit misfit(double alpha, double kl, double reverse_kl) {
-    return misfit(rounded(alpha), row_.at(alpha), kl, reverse_kl);
+    return misfit(alpha, row_.at(alpha), kl, reverse_kl);
   }
 
   // Newton's step, or the middle of the bracket where it would leave it. True where it was the last: one so small is taken
@@ -251,7 +227,7 @@ class TiltSolver {
       return true;
     }
     const double next = alpha - step;
-    alpha = rounded(next > low && next < high ? next : (low + high) / 2);
+    alpha = next > low && next < high ? next : (low + high) / 2;
     return high - low <= 2 * static_cast<double>(std::numeric_limits<Acc>::epsilon()) * std::max(1.0, std::abs(alpha));
   }
 

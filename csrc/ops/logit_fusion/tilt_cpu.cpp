@@ -45,7 +45,7 @@ Tensor tilt_stats_cpu(std::vector<Tensor> sources_in, Tensor alpha_in) {
       if (!tilt.usable()) return static_cast<void>(std::fill_n(out, num_alphas * 3, std::numeric_limits<double>::quiet_NaN()));
       const double origin = tilt.at(0).log_sum;
       for (int64_t j = 0; j < num_alphas; ++j) {
-        const double a = static_cast<double>(static_cast<Acc>(data<double>(alpha)[row * num_alphas + j]));
+        const double a = data<double>(alpha)[row * num_alphas + j];
         const TiltStats here = tilt.at(a);
         out[3 * j] = here.log_sum - origin + a * tilt.center();
         out[3 * j + 1] = here.mean + tilt.center();
