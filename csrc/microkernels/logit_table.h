@@ -98,7 +98,7 @@ struct LogitKernels {
   double (*inner_of_nonzero)(const Acc* a, const Acc* b, int64_t n);
 
   // The exponential tilt (tilt.h): of a row, then of blocks of n <= kLogitBlock finite numbers.
-  int64_t (*tilt_row)(Acc* base, Acc* direction, const Acc* subtracted, int64_t n, Acc* center);
+  int64_t (*tilt_row)(Acc* base, Acc* direction, const Acc* subtracted, int64_t n);
   TiltBlock (*tilt_block)(const Acc* base, const Acc* direction, int64_t n, double alpha);
   bool (*tilt_grid)(const Acc* base, const Acc* direction, int64_t n, const TiltGrid& grid, double* sums, double* means);
 };

@@ -5,25 +5,16 @@
 
 namespace moe::MOE_ISA {
 
-// Leaves the tokens that no tensor rules out: base, and direction - subtracted less what that is of the largest base, so that
-// variances are no differences of large numbers. Returns how many there are. subtracted may be null.
+// Leaves the tokens that no tensor rules out: base, and direction - subtracted (which may be null). Returns how many.
 template <class Acc>
-static int64_t tilt_row(Acc* base, Acc* direction, const Acc* subtracted, int64_t n, Acc* center) {
+static int64_t tilt_row(Acc* base, Acc* direction, const Acc* subtracted, int64_t n) {
   int64_t count = 0;
-  Acc top = kNegInf<Acc>;
-  *center = 0;
   for (int64_t i = 0; i < n; ++i) {
     const Acc less = subtracted == nullptr ? Acc{0} : subtracted[i];
     if (base[i] == kNegInf<Acc> || direction[i] == kNegInf<Acc> || less == kNegInf<Acc>) continue;
     base[count] = base[i];
-    direction[count] = direction[i] - less;
-    if (base[count] > top) {
-      top = base[count];
-      *center = direction[count];
-    }
-    ++count;
+    direction[count++] = direction[i] - less;
   }
-  for (int64_t i = 0; i < count; ++i) direction[i] -= *center;
   return count;
 }
 

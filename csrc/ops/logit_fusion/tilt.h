@@ -31,15 +31,13 @@ class TiltRow {
     load(1, direction_);
     Acc* subtracted = sources.num_sources() > 2 ? scratch.take<Acc>(n) : nullptr;
     if (subtracted != nullptr) load(2, subtracted);
-    if (usable_) size_ = logit_kernels<Acc>().tilt_row(base_, direction_, subtracted, n, &center_);
+    if (usable_) size_ = logit_kernels<Acc>().tilt_row(base_, direction_, subtracted, n);
     usable_ = size_ > 0;
   }
 
   bool usable() const { return usable_; }
   int64_t num_sweeps() const { return num_sweeps_; }
-  double center() const { return static_cast<double>(center_); }
 
-  // With the direction less center().
   TiltStats at(double alpha) {
     ++num_sweeps_;
     TiltBlock total{-std::numeric_limits<double>::infinity(), 0, 0, 0};
@@ -85,7 +83,6 @@ class TiltRow {
  private:
   Acc* base_;
   Acc* direction_;
-  Acc center_ = 0;
   int64_t size_ = 0, num_sweeps_ = 0;
   bool usable_ = true;
 };

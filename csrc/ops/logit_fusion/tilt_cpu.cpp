@@ -47,8 +47,8 @@ Tensor tilt_stats_cpu(std::vector<Tensor> sources_in, Tensor alpha_in) {
       for (int64_t j = 0; j < num_alphas; ++j) {
         const double a = data<double>(alpha)[row * num_alphas + j];
         const TiltStats here = tilt.at(a);
-        out[3 * j] = here.log_sum - origin + a * tilt.center();
-        out[3 * j + 1] = here.mean + tilt.center();
+        out[3 * j] = here.log_sum - origin;
+        out[3 * j + 1] = here.mean;
         out[3 * j + 2] = here.variance;
       }
     });
