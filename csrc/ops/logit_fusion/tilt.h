@@ -177,8 +177,8 @@ class TiltSolver {
  private:
   static constexpr int kMaxSteps = 60;
   static constexpr int64_t kIntervals = 8;
-  // Newton's last step: what is left after it is of the order of its square
-  static constexpr double kStep = sizeof(Acc) == sizeof(double) ? 1e-9 : 1e-5;
+  // the last step: what is left after it is its square for a root, a share of it for a misfit that is not zero
+  static constexpr double kStep = 1e-9;
 
   struct Value {
     double value, slope;
@@ -225,7 +225,7 @@ class TiltSolver {
     }
     const double next = alpha - step;
     alpha = next > low && next < high ? next : (low + high) / 2;
-    return high - low <= 2 * static_cast<double>(std::numeric_limits<Acc>::epsilon()) * std::max(1.0, std::abs(alpha));
+    return high - low <= kStep * std::max(1.0, std::abs(alpha));
   }
 
   TiltRow<Acc>& row_;
