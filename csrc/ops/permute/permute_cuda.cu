@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     Acc weight_of_lane = 1;
     if (row_of_lane >= 0 && topk_weights.data != nullptr) weight_of_lane = topk_weights.load<Acc>(token, k);
     const int num_pairs = static_cast<int>(top_k - k0 < kWarpSize ? top_k - k0 : kWarpSize);
-#pragma unroll 4
+#pragma unroll 2
     for (int pair = 0; pair < num_pairs; ++pair) {
       const int64_t row = __shfl_sync(kAllLanes, row_of_lane, pair);
       const Acc weight = __shfl_sync(kAllLanes, weight_of_lane, pair);
