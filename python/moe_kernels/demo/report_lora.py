@@ -1,6 +1,7 @@
 """What ``demo lora`` shows. Every number comes from the results."""
 
 from pathlib import Path
+from statistics import fmean
 
 from moe_kernels.demo.report import make_figure, make_table, print_table
 
@@ -13,7 +14,7 @@ def print_lora(result: dict) -> None:
         f"{settings['batch_size']} x {settings['window_size']} tokens each",
         f"perplexity of each adapter on {settings['evaluation_windows']} x {settings['window_size']} tokens that "
         "training has not seen; every window is read by all adapters in one mixed batch",
-        ("adapter", "rank", "layers", "MiB", "loss, first step", "last step", *(f"on {name}" for name in names)),
+        ("adapter", "rank", "layers", "MiB", "loss, first 5 steps", "last 5", *(f"on {name}" for name in names)),
     )
     table.add_row("none", "", "", "", "", "", *(f"{result['perplexity'][text]['']:.2f}" for text in names))
     for name in names:
@@ -23,8 +24,8 @@ def print_lora(result: dict) -> None:
             str(adapter["rank"]),
             " ".join(target.removesuffix("_proj") for target in adapter["target_modules"]),
             f"{adapter['bytes'] / 2**20:.1f}",
-            f"{adapter['losses'][0]:.3f}",
-            f"{adapter['losses'][-1]:.3f}",
+            f"{fmean(adapter['losses'][:5]):.3f}",
+            f"{fmean(adapter['losses'][-5:]):.3f}",
             *(f"{result['perplexity'][text][name]:.2f}" for text in names),
         )
     print_table(table)
@@ -44,7 +45,7 @@ def print_lora(result: dict) -> None:
     for way in dict.fromkeys(way for found in times.values() for way in found):
         cells = []
         for part, found in times.items():
-            above = "" if base[part] is None or way == "base model" else f" (+{found[way] - base[part]:.0f})"
+            above = "" if base[part] is None or way == "base model" else f" ({found[way] - base[part]:+.0f})"
             cells.append(f"{found[way]:.0f}{above}" if way in found else "")
         table.add_row(way, *cells)
     print_table(table)
