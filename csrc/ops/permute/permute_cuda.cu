@@ -98,8 +98,9 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 
 // One block for each token: grad_out[token] stays in registers while the token's rows pass by. The block also fills the
 // rows [token * top_k, (token + 1) * top_k) that no pair owns with zero.
+// three blocks an SM: left alone, ptxas aims at more for sm_100a and spills.
 template <class T, int kVec>
-__global__ void __launch_bounds__(kWarps* kWarpSize)
+__global__ void __launch_bounds__(kWarps* kWarpSize, 3)
     unpermute_bwd_kernel(const T* __restrict__ grad_out,             // [num_tokens, hidden_size]
                          const T* __restrict__ rows,                 // [num_rows, hidden_size]
                          FloatsRef topk_weights,                     // [num_tokens, top_k]
