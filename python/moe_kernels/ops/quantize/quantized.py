@@ -101,7 +101,7 @@ class QuantizedWeights:
             packed = torch.stack((packed & 15, packed >> 4), 3).flatten(2)
         # a word's low half holds its even codes
         half = 16 // reference.code_bits(self.format)
-        packed = packed.unflatten(2, (words, 2, half)).transpose(3, 4).flatten(2)
+        packed = packed.reshape(*packed.shape[:2], words, 2, half).transpose(3, 4).flatten(2)
         codes = self._restore_order(packed[:, :, :in_features])
         return codes, self._restore_order(scales.view(self.num_splits, panels * _PANEL, -1)[:, :rows])
 
@@ -140,7 +140,8 @@ def pack(
 
     half = 16 // reference.code_bits(format)
     # a word's low half holds its even codes
-    packed = in_panels(codes, 2 * half * words).unflatten(3, (words, half, 2)).transpose(4, 5).flatten(3)
+    packed = in_panels(codes, 2 * half * words)
+    packed = packed.view(*packed.shape[:3], words, half, 2).transpose(4, 5).flatten(3)
     if reference.code_bits(format) == 4:
         packed = packed[..., 0::2] | packed[..., 1::2] << 4
     packed = packed.view(num_splits, panels, _PANEL, words, 4).transpose(2, 3).reshape(num_splits, panels, -1)
