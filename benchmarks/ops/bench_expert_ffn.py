@@ -66,11 +66,13 @@ def no_memory(provider: Provider, layer: Layer) -> str | None:
     return None
 
 
-def prepare(context: Context, layer: Layer) -> tuple[dict[str, Run], dict[str, str]]:
+def prepare(
+    context: Context, layer: Layer, providers: dict[str, Provider] = PROVIDERS
+) -> tuple[dict[str, Run], dict[str, str]]:
     """Functions of all providers that can run this layer, and why the others cannot."""
     ready: dict[str, Run] = {}
     skipped: dict[str, str] = {}
-    for name, provider in PROVIDERS.items():
+    for name, provider in providers.items():
         if not context.wants(name, provider.default):
             continue
         reason = provider.missing() or provider.unsuited(layer) or no_memory(provider, layer)

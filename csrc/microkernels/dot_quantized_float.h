@@ -34,15 +34,10 @@ static_assert((kQuantizedRows + kPanel<float>) * kChunk * sizeof(float) <= kScra
 template <class Codec, int kM, int kVectors>
 static void few_quantized(const float* a, int64_t a_stride, const QuantizedMatrix& weights, int64_t column, int64_t k0,
                           int64_t depth, float* c, int64_t ldc, int64_t width) {
-  constexpr int kN = kLanes<float>;
   const QuantizedColumns<Codec, kVectors> columns(weights, column);
   const uint8_t* panel = weights.panel(column);
-  float lanes[kVectors * kN] = {};
-  Vec<float> total[kM][kVectors];
-  for (int m = 0; m < kM && k0 > 0; ++m) {
-    std::memcpy(lanes, c + m * ldc, static_cast<size_t>(width) * sizeof *lanes);
-    for (int v = 0; v < kVectors; ++v) total[m][v] = load(lanes + v * kN);
-  }
+  Totals<kM, kVectors> total;
+  if (k0 > 0) total.load_from(c, ldc, width);
   for (int64_t chunk = k0; chunk < k0 + depth; chunk += kChunk) {
     Vec<float> sum[kM][kVectors] = {};
     const int64_t chunk_end = chunk + kChunk < k0 + depth ? chunk + kChunk : k0 + depth;
@@ -65,12 +60,9 @@ static void few_quantized(const float* a, int64_t a_stride, const QuantizedMatri
       }
     });
     for (int m = 0; m < kM; ++m)
-      for (int v = 0; v < kVectors; ++v) total[m][v] = chunk == 0 ? sum[m][v] : total[m][v] + sum[m][v];
+      for (int v = 0; v < kVectors; ++v) total.sums[m][v] = chunk == 0 ? sum[m][v] : total.sums[m][v] + sum[m][v];
   }
-  for (int m = 0; m < kM; ++m) {
-    for (int v = 0; v < kVectors; ++v) store(lanes + v * kN, total[m][v]);
-    std::memcpy(c + m * ldc, lanes, static_cast<size_t>(width) * sizeof *lanes);
-  }
+  total.store_to(c, ldc, width);
 }
 
 // out[step * kPanel + j]: weights (column + j, k0 + step) for step in [0, depth); columns past `end` are zero.

@@ -200,15 +200,10 @@ MOE_INLINE Vec<float> join(Vec<float> total, const VecI32* sums, Vec<float> unit
 template <class Codec, int kDigits, int kM, int kVectors>
 static void few_integers(const FixedRows<kDigits>& a, const QuantizedMatrix& weights, int64_t column, int64_t k0,
                          int64_t depth, float* c, int64_t ldc, int64_t width) {
-  constexpr int kN = kLanes<float>;
   const QuantizedColumns<Codec, kVectors> columns(weights, column);
   const uint8_t* panel = weights.panel(column);
-  float lanes[kVectors * kN] = {};
-  Vec<float> total[kM][kVectors] = {};
-  for (int m = 0; m < kM && k0 > 0; ++m) {
-    std::memcpy(lanes, c + m * ldc, static_cast<size_t>(width) * sizeof *lanes);
-    for (int v = 0; v < kVectors; ++v) total[m][v] = load(lanes + v * kN);
-  }
+  Totals<kM, kVectors> total;
+  if (k0 > 0) total.load_from(c, ldc, width);
   for (int64_t chunk = k0; chunk < k0 + depth; chunk += kChunk) {
     const int64_t chunk_end = chunk + kChunk < k0 + depth ? chunk + kChunk : k0 + depth;
     over_groups<Codec>(weights, panel, chunk, chunk_end, [&](const uint8_t* scales, const uint8_t* words, int64_t begin, int64_t end) {
@@ -238,14 +233,11 @@ static void few_integers(const FixedRows<kDigits>& a, const QuantizedMatrix& wei
         for (int m = 0; m < kM; ++m)
 #pragma GCC unroll 8
           for (int v = 0; v < kVectors; ++v)
-            total[m][v] = join<kDigits>(total[m][v], sum[m][v], a.unit(m, block - k0), scale[v]);
+            total.sums[m][v] = join<kDigits>(total.sums[m][v], sum[m][v], a.unit(m, block - k0), scale[v]);
       });
     });
   }
-  for (int m = 0; m < kM; ++m) {
-    for (int v = 0; v < kVectors; ++v) store(lanes + v * kN, total[m][v]);
-    std::memcpy(c + m * ldc, lanes, static_cast<size_t>(width) * sizeof *lanes);
-  }
+  total.store_to(c, ldc, width);
 }
 
 // A chunk of kPanel columns: for every two steps their pairs side by side, and every block's scales.
@@ -389,22 +381,7 @@ static void dot_quantized_integer(const T* const* a, int64_t m, const QuantizedB
             integer_tile<kD, kM>(rows, row, *panel, group_size, k0, depth, whole ? c : partial,
                                  whole ? ldc : kPanel<float>, k0 == 0, fetch.part(tile, num_tiles));
           };
-          if constexpr (kTileM == 6) {
-            switch (height) {
-              case 1: run.template operator()<1>(); break;
-              case 2: run.template operator()<2>(); break;
-              case 3: run.template operator()<3>(); break;
-              case 4: run.template operator()<4>(); break;
-              case 5: run.template operator()<5>(); break;
-              case 6: run.template operator()<6>(); break;
-            }
-          } else {
-            switch (height) {
-              case 1: run.template operator()<1>(); break;
-              case 2: run.template operator()<2>(); break;
-              case 3: run.template operator()<3>(); break;
-            }
-          }
+          with_height<kTileM>(height, run);
           if (!whole)
             for (int64_t r = 0; r < height; ++r)
               std::memcpy(c + r * ldc, partial + r * kPanel<float>, static_cast<size_t>(width) * sizeof *c);

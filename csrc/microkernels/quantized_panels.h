@@ -6,7 +6,7 @@
 
 namespace moe::MOE_ISA {
 
-typedef int32_t VecI32 __attribute__((vector_size(kVectorBytes)));
+using VecI32 = VecIndex<float>;
 
 // How a word's codes are read, one a format: kSteps codes in a word, and the type of a group's scales.
 template <QuantizedFormat kFormat>
@@ -56,6 +56,27 @@ struct QuantizedColumns {
   __attribute__((always_inline)) void words(const uint8_t* p, VecU32* out) const {
 #pragma GCC unroll 8
     for (int v = 0; v < kVectors; ++v) std::memcpy(&out[v], p + panel[v] + offset[v] * 4, sizeof out[v]);
+  }
+};
+
+// Sums of kM rows and kVectors vectors of columns, of which `width` columns exist in memory.
+template <int kM, int kVectors>
+struct Totals {
+  Vec<float> sums[kM][kVectors] = {};
+
+  __attribute__((always_inline)) void load_from(const float* c, int64_t ldc, int64_t width) {
+    float lanes[kVectors * kLanes<float>] = {};
+    for (int m = 0; m < kM; ++m) {
+      std::memcpy(lanes, c + m * ldc, static_cast<size_t>(width) * sizeof *lanes);
+      for (int v = 0; v < kVectors; ++v) sums[m][v] = load(lanes + v * kLanes<float>);
+    }
+  }
+  __attribute__((always_inline)) void store_to(float* c, int64_t ldc, int64_t width) const {
+    float lanes[kVectors * kLanes<float>];
+    for (int m = 0; m < kM; ++m) {
+      for (int v = 0; v < kVectors; ++v) store(lanes + v * kLanes<float>, sums[m][v]);
+      std::memcpy(c + m * ldc, lanes, static_cast<size_t>(width) * sizeof *lanes);
+    }
   }
 };
 

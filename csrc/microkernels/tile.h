@@ -207,6 +207,15 @@ static void outer_tile(const typename OuterOperand<T>::Packed* a, int64_t a_row_
   }
 }
 
+// Runs f<height>().
+template <int kMost, class F>
+MOE_INLINE void with_height(int64_t height, const F& f) {
+  if constexpr (kMost > 1) {
+    if (height < kMost) return with_height<kMost - 1>(height, f);
+  }
+  f.template operator()<kMost>();
+}
+
 // The panel times m rows of packed a, in tiles of nearly equal height.
 template <class T, class B>
 static void outer_rows(const typename OuterOperand<T>::Packed* a, int64_t a_row_stride, int64_t a_step_stride, int64_t m,
@@ -218,14 +227,7 @@ static void outer_rows(const typename OuterOperand<T>::Packed* a, int64_t a_row_
       outer_tile<T, kTileM>(a + row * a_row_stride, a_row_stride, a_step_stride, b, steps, result.at_row(row),
                             fetch.part(tile, num_tiles));
     };
-    switch (height) {
-      case 1: run.template operator()<1>(); break;
-      case 2: run.template operator()<2>(); break;
-      case 3: run.template operator()<3>(); break;
-      case 4: run.template operator()<4>(); break;
-      case 5: run.template operator()<5>(); break;
-      case 6: run.template operator()<6>(); break;
-    }
+    with_height<kOuterTileM>(height, run);
     row += height;
   }
 }

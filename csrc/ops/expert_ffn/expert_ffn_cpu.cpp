@@ -155,10 +155,9 @@ std::tuple<Tensor, Tensor> expert_ffn_cpu(const Tensor& hidden_states_in, const 
   MOE_CHECK(down_proj.size(0) == num_experts && is_quantized(down_proj) == quantized &&
                 (down_proj.dim() == 6) == (gate_up_proj.dim() == 6),
             kOp, ": gate_up_proj and down_proj must both be plain, prepacked or quantised, for as many experts");
-  const int64_t num_splits = quantized ? QuantizedHeader::read(kOp, gate_up_proj).num_splits : gate_up_proj.size(1);
   const GateUp layout{gated ? gate_up_size / 2 : gate_up_size, gated, interleaved};
   MOE_CHECK(layout.size() == gate_up_size && (quantized || !(packed && save_pre_activation)) &&
-                (gated || !interleaved) && kind >= 0 && kind <= 4 && (!packed || num_splits == (gated ? 2 : 1)),
+                (gated || !interleaved) && kind >= 0 && kind <= 4,
             kOp, ": gate_up_proj must hold gate and up rows, and be plain where a gradient is needed");
   MOE_CHECK((!gate_up_bias || gate_up_bias->numel() == num_experts * gate_up_size) &&
                 (!down_bias || down_bias->numel() == num_experts * hidden_size),
@@ -174,6 +173,8 @@ std::tuple<Tensor, Tensor> expert_ffn_cpu(const Tensor& hidden_states_in, const 
   dispatch_float(kOp, dtype, [&]<class T>() {
     using Acc = acc_t<T>;
     const auto gate_up = ExpertMatrices<T>::of_any_layout(kOp, gate_up_proj, gate_up_size, hidden_size);
+    MOE_CHECK(!packed || gate_up.num_splits == (gated ? 2 : 1), kOp,
+              ": gate_up_proj must hold gate and up rows apart, if it is gated");
     const auto down = ExpertMatrices<T>::of_any_layout(kOp, down_proj, hidden_size, layout.intermediate_size);
     MOE_CHECK(gate_up.in == hidden_size && gate_up.out == gate_up_size && down.out == hidden_size &&
                   down.in == layout.intermediate_size && (!quantized || down.num_splits == 1),

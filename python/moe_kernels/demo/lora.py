@@ -4,20 +4,19 @@ import copy
 import importlib.util
 import inspect
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_kernels.demo.model import LanguageModel
-from moe_kernels.demo.perplexity import rotated, windows_of
+from moe_kernels.demo.perplexity import windows_of
 from moe_kernels.demo.settings import LoraSettings
 from moe_kernels.demo.text import Texts
+from moe_kernels.demo.timing import in_turn
 from moe_kernels.integrations.peft import PeftAdapters, load_peft_adapters, new_peft_adapter
 
 #: a part of a batch: token ids [sequences, window_size], and the adapter of each sequence (None: the base model)
@@ -210,18 +209,6 @@ def differences(forwards: dict[str, Forward], batch: Part, model: nn.Module, ser
             found[f"mixed batch to {name}, each adapter alone"] = difference(parts)
             found[f"mixed batch to {name}'s"] = difference(forward(*batch, use_cache=False))
     return found
-
-
-def in_turn(calls: dict[str, Callable[[], None]], repeats: int, progress, description: str) -> dict[str, float]:
-    """Median milliseconds of each call; they take turns, so that a busy machine slows all of them alike."""
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for repeat in progress(range(repeats + 1), description):
-        for name in rotated(list(calls), repeat):
-            begin = time.perf_counter()
-            calls[name]()
-            if repeat:  # the first pass warms up
-                samples[name].append(1e3 * (time.perf_counter() - begin))
-    return {name: median(found) for name, found in samples.items()}
 
 
 def ways(forwards: dict[str, Forward], batch: Part) -> dict[str, tuple[Forward, list[Part]]]:

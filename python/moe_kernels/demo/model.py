@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_kernels.demo.extras import MissingExtra, model_folder
@@ -33,6 +34,11 @@ def load_smollm2() -> LanguageModel:
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32).eval()
     return LanguageModel(files[0].stem, model, tokenizer)
+
+
+def loss_of(logits: Tensor, window: Tensor) -> float:
+    """Mean loss of predicting each token of ``window`` from those before it; logits [window_size, vocab]."""
+    return F.cross_entropy(logits[:-1].float(), window[1:]).item()
 
 
 def feed_forward_layers(model: nn.Module) -> list[nn.Module]:

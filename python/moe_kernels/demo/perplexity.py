@@ -2,20 +2,22 @@
 
 import math
 import time
+from functools import partial
 from statistics import median
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_kernels.demo.model import (
     LanguageModel,
     feed_forward_layers,
+    loss_of,
     set_feed_forward_layers,
     split_model,
 )
 from moe_kernels.demo.settings import PerplexitySettings
 from moe_kernels.demo.text import Texts
+from moe_kernels.demo.timing import in_turn, rotated
 from moe_kernels.nn import MoEFeedForward
 from moe_kernels.nn.split_models import recorded_inputs
 
@@ -60,7 +62,7 @@ def run(language_model: LanguageModel, texts: Texts, settings: PerplexitySetting
                 begin = time.perf_counter()
                 logits = model(window[None], use_cache=False).logits[0]
                 seconds[top_k].append(time.perf_counter() - begin)
-                losses[top_k].append(F.cross_entropy(logits[:-1].float(), window[1:]).item())
+                losses[top_k].append(loss_of(logits, window))
                 if top_k in (0, settings.num_experts):
                     compared[top_k] = logits
             if len(compared) == 2:
@@ -114,13 +116,6 @@ def run(language_model: LanguageModel, texts: Texts, settings: PerplexitySetting
     return result
 
 
-def rotated(settings: list[int], turn: int) -> list[int]:
-    """``settings`` in their order from another one each turn: all take their turn at being first, and a busy machine
-    slows all of them alike."""
-    start = turn % len(settings)
-    return settings[start:] + settings[:start]
-
-
 def select(model: nn.Module, dense: list[nn.Module], split: list[MoEFeedForward], top_k: int) -> None:
     """Makes ``model`` run its dense layers (``top_k == 0``) or the split ones with ``top_k`` experts."""
     if top_k:
@@ -141,14 +136,12 @@ def feed_forward_times(
 
     All layers in turn, each on the tokens that it sees in the model: one layer alone would stay in the cache.
     """
-    samples: dict[int, list[float]] = {top_k: [] for top_k in (0, *settings.active_experts)}
-    for repeat in progress(range(settings.timing_repeats + 1), description):
-        for top_k in rotated(list(samples), repeat):
-            for layer in split:
-                layer.top_k = top_k or layer.num_experts
-            begin = time.perf_counter()
-            for mlp, x in zip(split if top_k else dense, tokens, strict=True):
-                mlp(x)
-            if repeat:  # the first pass warms up
-                samples[top_k].append(1e3 * (time.perf_counter() - begin))
-    return {top_k: median(milliseconds) for top_k, milliseconds in samples.items()}
+
+    def run_all(top_k: int) -> None:
+        for layer in split:
+            layer.top_k = top_k or layer.num_experts
+        for mlp, x in zip(split if top_k else dense, tokens, strict=True):
+            mlp(x)
+
+    calls = {top_k: partial(run_all, top_k) for top_k in (0, *settings.active_experts)}
+    return in_turn(calls, settings.timing_repeats, progress, description)

@@ -2,17 +2,16 @@
 
 import copy
 import math
-import time
-from statistics import median
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from moe_kernels.demo.model import LanguageModel, feed_forward_layers, set_feed_forward_layers, split_model
-from moe_kernels.demo.perplexity import rotated, windows_of
+from moe_kernels.demo.model import LanguageModel, feed_forward_layers, loss_of, set_feed_forward_layers, split_model
+from moe_kernels.demo.perplexity import windows_of
 from moe_kernels.demo.settings import QuantizeSettings
 from moe_kernels.demo.text import Texts
+from moe_kernels.demo.timing import in_turn
 from moe_kernels.nn import MoEFeedForward, quantize_experts
 from moe_kernels.nn.quantized_experts import expert_weights
 from moe_kernels.nn.split_models import recorded_inputs
@@ -43,14 +42,18 @@ def run(language_model: LanguageModel, texts: Texts, settings: QuantizeSettings,
             for format, split in layers.items():
                 set_feed_forward_layers(model, split)
                 logits = model(window[None], use_cache=False).logits[0]
-                losses[format].append(F.cross_entropy(logits[:-1].float(), window[1:]).item())
+                losses[format].append(loss_of(logits, window))
     finally:
         set_feed_forward_layers(model, dense)
     with recorded_inputs(dense) as seen:
         model.model(evaluation[:1], use_cache=False)
     tokens = [torch.cat(part) for part in seen]
-    decode = _times(layers, [x[-1:] for x in tokens], settings, progress, "1 token")
-    prefill = _times(layers, tokens, settings, progress, "one window")
+
+    def times(tokens: list[torch.Tensor], what: str) -> dict[str, float]:
+        calls = {format: partial(_run_all, split, tokens) for format, split in layers.items()}
+        return in_turn(calls, settings.timing_repeats, progress, f"feed-forward, {what}")
+
+    decode, prefill = times([x[-1:] for x in tokens], "1 token"), times(tokens, "one window")
 
     rows = []
     for format, split in layers.items():
@@ -75,6 +78,12 @@ def run(language_model: LanguageModel, texts: Texts, settings: QuantizeSettings,
     }
 
 
+def _run_all(layers: list[MoEFeedForward], tokens: list[torch.Tensor]) -> None:
+    """All layers in turn, each on the tokens that it sees in the model: one layer alone would stay in the cache."""
+    for layer, x in zip(layers, tokens, strict=True):
+        layer(x)
+
+
 def _size_and_error(layers: list[MoEFeedForward], exact: list[MoEFeedForward]) -> dict[str, float]:
     """Bits a weight, and the root of the mean squared error of the weights over that of the weights."""
     total = size = error = square = 0.0
@@ -87,18 +96,3 @@ def _size_and_error(layers: list[MoEFeedForward], exact: list[MoEFeedForward]) -
             error += (values - weights).double().square().sum().item()
             square += weights.double().square().sum().item()
     return {"bits": 8 * size / total, "weight_error": math.sqrt(error / square)}
-
-
-def _times(
-    layers: dict[str, list[MoEFeedForward]], tokens: list[torch.Tensor], settings: QuantizeSettings, progress, what: str
-) -> dict[str, float]:
-    """Median milliseconds of one pass through all feed-forward layers, by format, taking turns."""
-    samples: dict[str, list[float]] = {format: [] for format in layers}
-    for repeat in progress(range(settings.timing_repeats + 1), f"feed-forward, {what}"):
-        for format in rotated(list(samples), repeat):
-            begin = time.perf_counter()
-            for layer, x in zip(layers[format], tokens, strict=True):
-                layer(x)
-            if repeat:  # the first pass warms up
-                samples[format].append(1e3 * (time.perf_counter() - begin))
-    return {format: median(milliseconds) for format, milliseconds in samples.items()}

@@ -9,11 +9,10 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_kernels import expert_capacity, route, route_expert_choice, route_random, route_top_p
-from moe_kernels.demo.model import LanguageModel, feed_forward_layers, set_feed_forward_layers
+from moe_kernels.demo.model import LanguageModel, feed_forward_layers, loss_of, set_feed_forward_layers
 from moe_kernels.demo.perplexity import windows_of
 from moe_kernels.demo.settings import RouterSettings
 from moe_kernels.demo.text import Texts
@@ -210,7 +209,7 @@ def measure(model: nn.Module, layers: list[nn.Module], windows: Tensor, progress
     with ModuleStatistics(split) if split else nullcontext() as statistics:
         for window in progress(windows, description):
             logits = model(window[None], use_cache=False).logits[0]
-            losses.append(F.cross_entropy(logits[:-1].float(), window[1:]).item())
+            losses.append(loss_of(logits, window))
     loss = sum(losses) / len(losses)
     measured = {"loss": loss, "perplexity": math.exp(loss)}
     if statistics is not None:

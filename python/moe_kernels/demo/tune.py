@@ -4,11 +4,10 @@ import math
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe_kernels import route, tune_experts
-from moe_kernels.demo.model import LanguageModel, feed_forward_layers, set_feed_forward_layers, split_model
+from moe_kernels.demo.model import LanguageModel, feed_forward_layers, loss_of, set_feed_forward_layers, split_model
 from moe_kernels.demo.perplexity import windows_of
 from moe_kernels.demo.settings import TuneSettings
 from moe_kernels.demo.text import Texts
@@ -99,6 +98,6 @@ def perplexities(model: nn.Module, evaluation: dict[str, Tensor], progress, desc
         losses = []
         for window in progress(windows, f"{description}: {name}"):
             logits = model(window[None], use_cache=False).logits[0]
-            losses.append(F.cross_entropy(logits[:-1].float(), window[1:]).item())
+            losses.append(loss_of(logits, window))
         found[name] = math.exp(sum(losses) / len(losses))
     return found

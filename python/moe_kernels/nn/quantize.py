@@ -29,7 +29,8 @@ def quantize_experts(module: nn.Module, format: str = "int8", *, group_size: int
             continue
         options = {"format": format, "group_size": group_size}
         gate_up = quantize(layer.gate_up_proj, **options, num_splits=2 if layer.activation.gated else 1)
+        down = quantize(layer.down_proj, **options)  # both, before a layer is changed
         put_in_place(layer, "gate_up_proj", gate_up)
-        put_in_place(layer, "down_proj", quantize(layer.down_proj, **options))
+        put_in_place(layer, "down_proj", down)
         names.append(name)
     return names

@@ -42,9 +42,10 @@ def quantize_experts(model: nn.Module, format: str = "int8", *, group_size: int 
         gate = fusable_gate(experts)
         # where the gate is the module's own code, its rows are wanted as they were
         splits = {"num_splits": 2, "interleaved": gate.interleaved} if gate is not None and experts.has_gate else {}
-        for weight_name, options in ((up_name, splits), ("down_proj", {})):
-            weights = _quantized(experts, weight_name, format, group_size, options)
-            put_in_place(experts, weight_name, weights)
+        up = _quantized(experts, up_name, format, group_size, splits)
+        down = _quantized(experts, "down_proj", format, group_size, {})  # both, before a module is changed
+        put_in_place(experts, up_name, up)
+        put_in_place(experts, "down_proj", down)
         names.append(name)
     return names
 

@@ -154,35 +154,25 @@ def expert_ffn(
             down_bias=down_bias,
         )
 
-    arguments = (
-        hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, gate_up_bias, down_bias
-    )  # fmt: skip
     chosen = resolve(_OP, backend, device_type)
+    num_splits = 2 if activation.gated else 1
+    weights = (gate_up_proj, down_proj)
     if packed:
         inputs = (hidden_states, topk_weights, gate_up_bias, down_bias)
-        check_prepacked(_OP, "gate_up_proj", gate_up_proj, chosen, 2 if activation.gated else 1, interleaved, *inputs)
+        check_prepacked(_OP, "gate_up_proj", gate_up_proj, chosen, num_splits, interleaved, *inputs)
         check_prepacked(_OP, "down_proj", down_proj, chosen, 1, False)
-        tensors = (hidden_states, topk_ids, topk_weights, gate_up_proj.data, down_proj.data, gate_up_bias, down_bias)
-        return native.expert_ffn(*tensors, *activation.kernel_arguments(), interleaved, gate_up_size, False)[0]
-    if quantized:
-        num_splits = 2 if activation.gated else 1
-        check_quantized(
-            _OP, "gate_up_proj", gate_up_proj, "hidden_states", hidden_states, chosen, num_splits, interleaved
-        )
-        check_quantized(_OP, "down_proj", down_proj, "hidden_states", hidden_states, chosen, 1, False)
-        inputs = (hidden_states, topk_ids, topk_weights)
-        if chosen == "reference":
-            weights = (gate_up_proj.dequantize(dtype), down_proj.dequantize(dtype))
-            return reference.expert_ffn(*inputs, *weights, gate_up_bias, down_bias, activation, interleaved)
-        if torch.is_grad_enabled() and any(
-            tensor is not None and tensor.requires_grad
-            for tensor in (hidden_states, topk_weights, gate_up_bias, down_bias)
-        ):
-            return autograd.QuantizedExpertFFN.apply(*arguments, activation, interleaved)
-        tensors = (*inputs, gate_up_proj.data, down_proj.data, gate_up_bias, down_bias)
-        return native.expert_ffn(*tensors, *activation.kernel_arguments(), interleaved, gate_up_size, False)[0]
+    elif quantized:
+        inputs = ("hidden_states", hidden_states)
+        check_quantized(_OP, "gate_up_proj", gate_up_proj, *inputs, chosen, num_splits, interleaved)
+        check_quantized(_OP, "down_proj", down_proj, *inputs, chosen, 1, False)
     if chosen == "reference":
-        return reference.expert_ffn(*arguments, activation, interleaved)
+        if quantized:
+            weights = (gate_up_proj.dequantize(dtype), down_proj.dequantize(dtype))
+        tensors = (hidden_states, topk_ids, topk_weights, *weights, gate_up_bias, down_bias)
+        return reference.expert_ffn(*tensors, activation, interleaved)
+    if packed or quantized:
+        weights = (gate_up_proj.data, down_proj.data)
+    arguments = (hidden_states, topk_ids, topk_weights, *weights, gate_up_bias, down_bias)
     if torch.is_grad_enabled() and (
         hidden_states.requires_grad
         or topk_weights.requires_grad
@@ -191,5 +181,6 @@ def expert_ffn(
         or (gate_up_bias is not None and gate_up_bias.requires_grad)
         or (down_bias is not None and down_bias.requires_grad)
     ):
-        return autograd.ExpertFFN.apply(*arguments, activation, interleaved)
+        held = (gate_up_proj, down_proj) if quantized else None
+        return autograd.ExpertFFN.apply(*arguments, activation, interleaved, held)
     return native.expert_ffn(*arguments, *activation.kernel_arguments(), interleaved, gate_up_size, False)[0]

@@ -21,6 +21,9 @@ class ExpertFFN(torch.autograd.Function):
         dH  = activation'(H) * s * dA'
         dX  = sum over the token's pairs of dH @ gate_up_proj[e]
         d gate_up_proj[e] = dH.T @ X     d down_proj[e] = dO.T @ (s * A)     and their sums over rows for the biases
+
+    ``quantized`` holds the weights whose bytes ``gate_up_proj`` and ``down_proj`` are, where they are quantised:
+    frozen, and dequantised for backward in the dtype of the input.
     """
 
     @staticmethod
@@ -35,10 +38,12 @@ class ExpertFFN(torch.autograd.Function):
         down_bias: Tensor | None,
         activation: Activation,
         interleaved: bool,
+        quantized=None,
     ) -> Tensor:
         arguments = (*activation.kernel_arguments(), interleaved)
         tensors = (hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, gate_up_bias, down_bias)
-        out, pre_activation = native.expert_ffn(*tensors, *arguments, gate_up_proj.shape[1], True)
+        gate_up_size = (quantized[0] if quantized else gate_up_proj).shape[1]
+        out, pre_activation = native.expert_ffn(*tensors, *arguments, gate_up_size, True)
         ctx.save_for_backward(
             hidden_states if ctx.needs_input_grad[3] else None,
             topk_ids,
@@ -48,52 +53,19 @@ class ExpertFFN(torch.autograd.Function):
             down_bias,
             pre_activation,
         )
-        ctx.arguments = arguments
+        ctx.arguments, ctx.quantized = arguments, quantized
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: Tensor):
         asked = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
-        grads = native.expert_ffn_backward(grad_out, *ctx.saved_tensors, *ctx.arguments, *asked)
-        in_order: list[Tensor | None] = [None] * 9
-        for position, grad, needed in zip(_DIFFERENTIABLE, grads, asked, strict=True):
-            in_order[position] = grad if needed else None
-        return tuple(in_order)
-
-
-class QuantizedExpertFFN(torch.autograd.Function):
-    """:class:`ExpertFFN` with frozen, quantised weights; backward reads them dequantised, in the dtype of the input."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        hidden_states: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
-        gate_up_proj,
-        down_proj,
-        gate_up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        activation: Activation,
-        interleaved: bool,
-    ) -> Tensor:
-        arguments = (*activation.kernel_arguments(), interleaved)
-        tensors = (hidden_states, topk_ids, topk_weights, gate_up_proj.data, down_proj.data, gate_up_bias, down_bias)
-        out, pre_activation = native.expert_ffn(*tensors, *arguments, gate_up_proj.shape[1], True)
-        ctx.save_for_backward(topk_ids, topk_weights, down_bias, pre_activation)
-        ctx.weights, ctx.arguments = (gate_up_proj, down_proj), arguments
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out: Tensor):
-        topk_ids, topk_weights, down_bias, pre_activation = ctx.saved_tensors
-        weights = [quantized.dequantize(grad_out.dtype) for quantized in ctx.weights]
-        asked = [ctx.needs_input_grad[position] for position in _DIFFERENTIABLE]
-        tensors = (grad_out, None, topk_ids, topk_weights, *weights, down_bias, pre_activation)
-        grads = native.expert_ffn_backward(*tensors, *ctx.arguments, *asked)
-        in_order: list[Tensor | None] = [None] * 9
+        hidden_states, topk_ids, topk_weights, *weights, down_bias, pre_activation = ctx.saved_tensors
+        if ctx.quantized:
+            weights = [held.dequantize(grad_out.dtype) for held in ctx.quantized]
+        tensors = (hidden_states, topk_ids, topk_weights, *weights, down_bias, pre_activation)
+        grads = native.expert_ffn_backward(grad_out, *tensors, *ctx.arguments, *asked)
+        in_order: list[Tensor | None] = [None] * 10
         for position, grad, needed in zip(_DIFFERENTIABLE, grads, asked, strict=True):
             in_order[position] = grad if needed else None
         return tuple(in_order)

@@ -83,21 +83,18 @@ def grouped_gemm(
     chosen = resolve("grouped_gemm", backend, device_type)
     if packed:
         check_prepacked("grouped_gemm", "expert_weights", expert_weights, chosen, 1, False, rows, bias)
-        return native.grouped_gemm(rows, expert_weights.data, expert_offsets, bias, out_features)
-    if quantized:
+    elif quantized:
         check_quantized("grouped_gemm", "expert_weights", expert_weights, "rows", rows, chosen, 1, False)
-        if chosen == "reference":
-            return reference.grouped_gemm(rows, expert_weights.dequantize(rows.dtype), expert_offsets, bias)
-        if torch.is_grad_enabled() and (rows.requires_grad or (bias is not None and bias.requires_grad)):
-            return autograd.QuantizedGroupedGemm.apply(rows, expert_weights, expert_offsets, bias)
-        return native.grouped_gemm(rows, expert_weights.data, expert_offsets, bias, out_features)
     if chosen == "reference":
-        return reference.grouped_gemm(rows, expert_weights, expert_offsets, bias)
+        weights = expert_weights.dequantize(rows.dtype) if quantized else expert_weights
+        return reference.grouped_gemm(rows, weights, expert_offsets, bias)
+    weights = expert_weights.data if packed or quantized else expert_weights
     if torch.is_grad_enabled() and (
         rows.requires_grad or expert_weights.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        return autograd.GroupedGemm.apply(rows, expert_weights, expert_offsets, bias)
-    return native.grouped_gemm(rows, expert_weights, expert_offsets, bias, out_features)
+        held = expert_weights if quantized else None
+        return autograd.GroupedGemm.apply(rows, weights, expert_offsets, bias, held)
+    return native.grouped_gemm(rows, weights, expert_offsets, bias, out_features)
 
 
 def prepack(expert_weights: Tensor, *, num_splits: int = 1, interleaved: bool = False) -> PrepackedWeights:

@@ -10,18 +10,24 @@ from moe_kernels.ops.grouped_gemm import native
 class GroupedGemm(torch.autograd.Function):
     """By expert, ``grad_rows = grad_out @ W[e]``, ``grad_W[e] = grad_out.T @ rows``, ``grad_bias[e] = sum grad_out``.
 
-    Saves the rows only where the weights' gradient is needed, the weights only where the rows' is.
+    Saves the rows only where the weights' gradient is needed, the weights only where the rows' is. ``quantized`` holds
+    the weights whose bytes ``expert_weights`` are, where they are quantised: frozen, and dequantised for backward in
+    the dtype of the rows.
     """
 
     @staticmethod
-    def forward(ctx, rows: Tensor, expert_weights: Tensor, expert_offsets: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx, rows: Tensor, expert_weights: Tensor, expert_offsets: Tensor, bias: Tensor | None, quantized=None
+    ) -> Tensor:
         ctx.save_for_backward(
             rows if ctx.needs_input_grad[1] else None,
             expert_weights if ctx.needs_input_grad[0] else None,
             expert_offsets,
         )
-        ctx.transposed = native.is_transposed(expert_weights)
-        return native.grouped_gemm(rows, expert_weights, expert_offsets, bias, expert_weights.shape[1])
+        ctx.transposed = quantized is None and native.is_transposed(expert_weights)
+        ctx.quantized = quantized
+        out_features = (expert_weights if quantized is None else quantized).shape[1]
+        return native.grouped_gemm(rows, expert_weights, expert_offsets, bias, out_features)
 
     @staticmethod
     @once_differentiable
@@ -29,32 +35,12 @@ class GroupedGemm(torch.autograd.Function):
         rows, expert_weights, expert_offsets = ctx.saved_tensors
         grad_rows = grad_weights = grad_bias = None
         if expert_weights is not None:
+            if ctx.quantized is not None:
+                expert_weights = ctx.quantized.dequantize(grad_out.dtype)
             in_features = expert_weights.shape[2]
             grad_rows = native.grouped_gemm(grad_out, expert_weights.transpose(1, 2), expert_offsets, None, in_features)
         if rows is not None:
             grad_weights = native.grouped_gemm_weight_grad(grad_out, rows, expert_offsets, ctx.transposed)
         if ctx.needs_input_grad[3]:
             grad_bias = native.grouped_gemm_bias_grad(grad_out, expert_offsets)
-        return grad_rows, grad_weights, None, grad_bias
-
-
-class QuantizedGroupedGemm(torch.autograd.Function):
-    """:class:`GroupedGemm` with frozen, quantised weights, which backward reads dequantised in the rows' dtype."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, expert_weights, expert_offsets: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(expert_offsets)
-        ctx.expert_weights = expert_weights
-        return native.grouped_gemm(rows, expert_weights.data, expert_offsets, bias, expert_weights.shape[1])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_out: Tensor):
-        (expert_offsets,) = ctx.saved_tensors
-        grad_rows = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            weights = ctx.expert_weights.dequantize(grad_out.dtype).transpose(1, 2)
-            grad_rows = native.grouped_gemm(grad_out, weights, expert_offsets, None, weights.shape[1])
-        if ctx.needs_input_grad[3]:
-            grad_bias = native.grouped_gemm_bias_grad(grad_out, expert_offsets)
-        return grad_rows, None, None, grad_bias
+        return grad_rows, grad_weights, None, grad_bias, None
