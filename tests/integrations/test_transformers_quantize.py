@@ -101,3 +101,13 @@ def test_refused():
     experts = build(config={"_experts_implementation": "eager"})
     with pytest.raises(ValueError, match=f"experts_implementation of  must be '{IMPLEMENTATION}', got 'eager'"):
         quantize_experts(experts, "fp8")
+
+
+def test_experts_that_do_not_fit_stay_whole():
+    experts = experts_of("qwen3")
+    # groups of 48 divide what down_proj takes, not what gate_up_proj does, and the other way round with 64
+    experts.down_proj.data = torch.randn(NUM_EXPERTS, HIDDEN_SIZE, 48)
+    for group_size in (48, 64):
+        with pytest.raises(ValueError, match=f"group_size must be a divisor of in=.*, got {group_size}"):
+            quantize_experts(experts, "int8", group_size=group_size)
+        assert isinstance(experts.gate_up_proj, nn.Parameter) and isinstance(experts.down_proj, nn.Parameter)

@@ -69,3 +69,12 @@ def test_moves_like_a_module():
     assert isinstance(layer.to(torch.bfloat16).gate_up_proj, QuantizedExperts)
     assert layer(torch.randn(3, 64, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert "format=int8" in repr(layer)
+
+
+def test_a_layer_that_does_not_fit_stays_whole():
+    layer = MoEFeedForward(64, 40, 4, 2)  # groups of 32 divide what gate_up_proj takes, not what down_proj does
+    x = torch.randn(3, 64)
+    before = layer(x)
+    with pytest.raises(ValueError, match="group_size must be a divisor of in=40, got 32"):
+        quantize_experts(layer, "int4")
+    assert torch.equal(layer(x), before) and isinstance(layer.gate_up_proj, nn.Parameter)
