@@ -8,12 +8,12 @@
 // rows (decode) reads each weight once, so it runs ahead in its own block: without that the four rows of a tile are four
 // streams within a page or two, which the hardware prefetcher follows badly when rows are short (Zen 4, one core, weights
 // from DRAM: 6 rows of x and 768 columns 58 -> 206 GFLOP/s, 2048 columns 95 -> 121). Several tiles find their block in
-// L2 after the first, so they fetch the caller's next block instead, spread over the whole of the arithmetic. Fetching
+// L2 after the first, so they fetch the caller's next block instead, where it fits, spread over the whole of the arithmetic. Fetching
 // their own as the first tile does would cost more than it brings (Zen 3, 96 rows, 2048 columns, weights in L2: 53 GFLOP/s
 // of 85, without 74).
 //
-// Each result is one chain of multiply-adds in rising k and one fixed tree over lanes, in every tile shape: a row's
-// result has the same bits whatever rows are computed beside it.
+// A result is the sum of its chunks, in order; a chunk is one chain of multiply-adds in rising k and one fixed tree over
+// lanes. The length of a chunk follows from k alone: a row's result has the same bits whatever rows are computed beside it.
 #pragma once
 
 #include "microkernels/dot_operand.h"
@@ -25,21 +25,36 @@ namespace moe::MOE_ISA {
 constexpr int kDotTileM = 6;
 constexpr int kDotTileN = 4;
 
+template <class T>
+static int64_t dot_chunk(int64_t k) {  // of nearly equal length
+  constexpr int64_t kStep = DotOperand<T>::kStep;
+  const int64_t chunks = ceil_div(k * static_cast<int64_t>(sizeof(T)), kDotChunkBytes);
+  return chunks == 0 ? kStep : ceil_div(ceil_div(k, chunks), kStep) * kStep;
+}
+
 // A walk over memory that will be read soon: `step` bytes further with every step of a tile.
 struct PrefetchWalk {
   uintptr_t at;
   uintptr_t step;
 };
 
+// Steps [begin, begin + depth) of k; `first`: no earlier chunk's sums are in c.
+struct DotChunk {
+  int64_t begin, depth;
+  bool first;
+};
+
 // kLines: cache lines to prefetch in each step.
 template <class T, int kTileM, int kTileN, int kLines>
 static void dot_tile(const T* const* a, const T* b, int64_t b_row_stride, int64_t b_step_stride, PrefetchWalk prefetch,
-                     int64_t k, acc_t<T>* c, int64_t ldc) {
+                     const DotChunk& chunk, acc_t<T>* c, int64_t ldc) {
   using Operand = DotOperand<T>;
   using Reg = typename Operand::Reg;
   Vec<acc_t<T>> sum[kTileM][kTileN] = {};
   const T* rows[kTileM];
-  for (int m = 0; m < kTileM; ++m) rows[m] = a[m];
+  for (int m = 0; m < kTileM; ++m) rows[m] = a[m] + chunk.begin;
+  b += chunk.begin / Operand::kStep * b_step_stride;
+  const int64_t k = chunk.depth;
   int64_t i = 0;
   for (; i + Operand::kStep <= k; i += Operand::kStep, b += b_step_stride, prefetch.at += prefetch.step) {
     Reg x[kTileM];
@@ -66,22 +81,25 @@ static void dot_tile(const T* const* a, const T* b, int64_t b_row_stride, int64_
   }
 #pragma GCC unroll 8
   for (int m = 0; m < kTileM; ++m) {
+    acc_t<T> sums[kTileN];
     if constexpr (kTileN % 4 == 0) {
 #pragma GCC unroll 8
       for (int n = 0; n < kTileN; n += 4)
-        reduce4<acc_t<T>>(sum[m][n], sum[m][n + 1], sum[m][n + 2], sum[m][n + 3], c + m * ldc + n);
+        reduce4<acc_t<T>>(sum[m][n], sum[m][n + 1], sum[m][n + 2], sum[m][n + 3], sums + n);
     } else {
-      for (int n = 0; n < kTileN; ++n) c[m * ldc + n] = reduce<acc_t<T>>(sum[m][n]);
+      for (int n = 0; n < kTileN; ++n) sums[n] = reduce<acc_t<T>>(sum[m][n]);
     }
+#pragma GCC unroll 8
+    for (int n = 0; n < kTileN; ++n) c[m * ldc + n] = chunk.first ? sums[n] : c[m * ldc + n] + sums[n];
   }
 }
 
 template <class T, int kTileN, int kLines>
 static void dot_rows(const T* const* a, int64_t m, const DotWeights<T>& weights, int64_t column, PrefetchWalk prefetch,
-                     int64_t k, acc_t<T>* c, int64_t ldc) {
+                     const DotChunk& chunk, acc_t<T>* c, int64_t ldc) {
   const auto tile = [&]<int kTileM>() {
-    dot_tile<T, kTileM, kTileN, kLines>(a, weights.row(column), weights.row_stride, weights.step_stride, prefetch, k, c,
-                                        ldc);
+    dot_tile<T, kTileM, kTileN, kLines>(a, weights.row(column), weights.row_stride, weights.step_stride, prefetch, chunk,
+                                        c, ldc);
   };
   switch (m) {
     case 1: return tile.template operator()<1>();
@@ -154,49 +172,61 @@ template <class T>
 static void dot(const T* const* a, int64_t m, const DotBlock<T>* blocks, int64_t num_blocks, int64_t k, int64_t ldc,
                 const NextWeights& next, void*) {
   alignas(64) char copied[kCopiedBytes];
-  const int64_t copied_stride = (k + 63) / 64 * 64 + 64 / static_cast<int64_t>(sizeof(T));
   int64_t columns = 0;
   for (int64_t i = 0; i < num_blocks; ++i) columns += blocks[i].n;
   // rows in tiles of nearly equal height: 32 rows are 6 + 6 + 5 + 5 + 5 + 5, not five sixes and a 2
-  const int64_t num_tiles = (m + kDotTileM - 1) / kDotTileM;
-  SpreadWalk spread(next, num_tiles * ((columns + kDotTileN - 1) / kDotTileN), k / DotOperand<T>::kStep);
-  for (int64_t tile = 0, row = 0; tile < num_tiles; ++tile) {
-    const int64_t height = m / num_tiles + (tile < m % num_tiles);
-    const T* rows[kDotTileM];
-    for (int64_t r = 0; r < height; ++r) rows[r] = a[row + r];
-    if (columns >= kColumnsToCopy && height * copied_stride * static_cast<int64_t>(sizeof(T)) <= kCopiedBytes &&
-        rows_alias(rows, height)) {
-      T* copy = reinterpret_cast<T*>(copied);
-      for (int64_t r = 0; r < height; ++r, copy += copied_stride) {
-        std::memcpy(static_cast<void*>(copy), rows[r], static_cast<size_t>(k) * sizeof(T));
-        rows[r] = copy;
+  const int64_t num_tiles = ceil_div(m, kDotTileM);
+  const int64_t chunk = dot_chunk<T>(k), num_chunks = k == 0 ? 1 : ceil_div(k, chunk);
+  // Several tiles of rows go through all the columns chunk by chunk. One (decode) reads each row of weights to its end, as
+  // it lies in memory.
+  const int64_t span = num_tiles == 1 ? num_chunks * chunk : chunk;
+  const int64_t copied_stride = ceil_div(span < k ? span : k, 64) * 64 + 64 / static_cast<int64_t>(sizeof(T));
+  // the next block's weights would not fit beside this one's where a block is sized by its chunks
+  SpreadWalk spread(num_chunks == 1 ? next : NextWeights{}, num_tiles * ceil_div(columns, kDotTileN),
+                    chunk / DotOperand<T>::kStep);
+  for (int64_t begin = 0; begin == 0 || begin < k; begin += span) {
+    const int64_t end = begin + span < k ? begin + span : k;
+    for (int64_t tile = 0, row = 0; tile < num_tiles; ++tile) {
+      const int64_t height = m / num_tiles + (tile < m % num_tiles);
+      const T* rows[kDotTileM];
+      for (int64_t r = 0; r < height; ++r) rows[r] = a[row + r];
+      if (columns >= kColumnsToCopy && height * copied_stride * static_cast<int64_t>(sizeof(T)) <= kCopiedBytes &&
+          rows_alias(rows, height)) {
+        T* copy = reinterpret_cast<T*>(copied);
+        for (int64_t r = 0; r < height; ++r, copy += copied_stride) {
+          std::memcpy(static_cast<void*>(copy), rows[r] + begin, static_cast<size_t>(end - begin) * sizeof(T));
+          rows[r] = copy - begin;
+        }
       }
-    }
-    for (int64_t i = 0; i < num_blocks; ++i) {
-      const DotBlock<T>& block = blocks[i];
-      for (int64_t j = 0; j < block.n;) {
-        const int64_t column = block.column + j;
+      for (int64_t i = 0; i < num_blocks; ++i) {
+        const DotBlock<T>& block = blocks[i];
         const DotWeights<T>& weights = block.weights;
-        acc_t<T>* sums = block.c + row * ldc + j;
-        if (block.n - j < kDotTileN || weights.rows_together(column) < kDotTileN) {
-          dot_rows<T, 1, 1>(rows, height, weights, column, {reinterpret_cast<uintptr_t>(weights.row(column)), 0}, k, sums, ldc);
-          ++j;
-          continue;
+        for (int64_t j = 0; j < block.n;) {
+          const int64_t column = block.column + j;
+          acc_t<T>* sums = block.c + row * ldc + j;
+          const bool whole = block.n - j >= kDotTileN && weights.rows_together(column) >= kDotTileN;
+          for (int64_t at = begin; at == begin || at < end; at += chunk) {
+            const DotChunk part{at, chunk < k - at ? chunk : k - at, at == 0};
+            if (!whole) {
+              dot_rows<T, 1, 1>(rows, height, weights, column, {reinterpret_cast<uintptr_t>(weights.row(column)), 0}, part,
+                                sums, ldc);
+            } else if (num_tiles == 1) {
+              PrefetchWalk walk = walk_ahead(&block, i + 1 == num_blocks, column, next);
+              walk.at += static_cast<uintptr_t>(at / DotOperand<T>::kStep) * walk.step;
+              dot_rows<T, kDotTileN, kStepLines<T>>(rows, height, weights, column, walk, part, sums, ldc);
+            } else {
+              const PrefetchWalk walk = spread.tile(weights.row(column));
+              if (walk.step <= kCacheLine)
+                dot_rows<T, kDotTileN, 1>(rows, height, weights, column, walk, part, sums, ldc);
+              else
+                dot_rows<T, kDotTileN, kStepLines<T>>(rows, height, weights, column, walk, part, sums, ldc);
+            }
+          }
+          j += whole ? kDotTileN : 1;
         }
-        if (num_tiles == 1) {
-          dot_rows<T, kDotTileN, kStepLines<T>>(rows, height, weights, column,
-                                                walk_ahead(&block, i + 1 == num_blocks, column, next), k, sums, ldc);
-        } else {
-          const PrefetchWalk walk = spread.tile(weights.row(column));
-          if (walk.step <= kCacheLine)
-            dot_rows<T, kDotTileN, 1>(rows, height, weights, column, walk, k, sums, ldc);
-          else
-            dot_rows<T, kDotTileN, kStepLines<T>>(rows, height, weights, column, walk, k, sums, ldc);
-        }
-        j += kDotTileN;
       }
+      row += height;
     }
-    row += height;
   }
 }
 

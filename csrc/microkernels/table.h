@@ -44,6 +44,11 @@ struct DotWeights {
 
 constexpr int kMaxDotBlocks = 4;
 
+// dot.h: bytes of a row that are multiplied before all rows and columns of a block have caught up. Six rows of them and the
+// weights that pass by stay in L1, a block of them in L2. (Zen 5, two threads, shape 2048 x 5632 x 8 experts, 2048 tokens,
+// time of torch.mm over ours: rows in one piece bf16 0.93, fp32 1.53; in chunks 0.94 to 0.95, 2.00.)
+constexpr int64_t kDotChunkBytes = 4096;
+
 // n columns of the result: c[m, j] = sum_k a[m][k] * weights.row(column + j)[k]
 template <class T>
 struct DotBlock {

@@ -24,7 +24,7 @@ COUNTS = [0, 1, 5, 6, 0, 7, 60, 0]
 NUM_ROWS = sum(COUNTS) + 2
 # (in, out): tiny and odd; one below, at, above a 32-element bf16 step and the 64-column panel; past the 256-step chunk;
 # several blocks of columns
-SIZES = [(1, 1), (3, 5), (31, 63), (32, 64), (33, 65), (300, 70), (520, 9), (40, 1301)]
+SIZES = [(1, 1), (3, 5), (31, 63), (32, 64), (33, 65), (300, 70), (520, 9), (40, 1301), (2401, 30)]
 
 
 @pytest.mark.parametrize("layout", ["plain", "transposed"])
@@ -84,9 +84,9 @@ def test_a_row_has_the_same_bits_alone_and_among_others(backend, dtype, threads)
             assert torch.equal(alone, together[row : row + 1])
 
 
-# in: one below, at and above a 256-step chunk, three chunks and an odd rest; out: below, at and past a panel, several
-# blocks
-@pytest.mark.parametrize("sizes", [(255, 16), (256, 15), (257, 33), (801, 130), (257, 1301)])
+# in: one below, at and above a 256-step chunk, three chunks and an odd rest, more than a 4 KiB chunk of dot.h;
+# out: below, at and past a panel, several blocks
+@pytest.mark.parametrize("sizes", [(255, 16), (256, 15), (257, 33), (801, 130), (257, 1301), (2401, 70)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_follow_one_order_for_any_number_of_rows(dtype, sizes):
     in_features, out_features = sizes
