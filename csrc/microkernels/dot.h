@@ -4,13 +4,13 @@
 // of each row a step; lanes are added once at the end (3 instructions a result). Compared with the outer-product form
 // the loads are as many (10 for 24 multiply-adds) and the weights' [out, in] layout needs no transposition.
 //
-// While a tile is computed, weights that will be needed are fetched into L2 in the order of their addresses. One tile of
-// rows (decode) reads each weight once, so it runs ahead in its own block: without that the four rows of a tile are four
-// streams within a page or two, which the hardware prefetcher follows badly when rows are short (Zen 4, one core, weights
-// from DRAM: 6 rows of x and 768 columns 58 -> 206 GFLOP/s, 2048 columns 95 -> 121). Several tiles find their block in
-// L2 after the first, so they fetch the caller's next block instead, where it fits, spread over the whole of the arithmetic. Fetching
-// their own as the first tile does would cost more than it brings (Zen 3, 96 rows, 2048 columns, weights in L2: 53 GFLOP/s
-// of 85, without 74).
+// While a tile is computed, weights that will be needed are fetched into L2 in the order of their addresses. One tile
+// of rows (decode) reads each weight once, so it runs ahead in its own block: without that the four rows of a tile are
+// four streams within a page or two, which the hardware prefetcher follows badly when rows are short (Zen 4, one core,
+// weights from DRAM: 6 rows of x and 768 columns 58 -> 206 GFLOP/s, 2048 columns 95 -> 121). Several tiles find their
+// block in L2 after the first, so they fetch the caller's next block instead, where it fits, spread over the whole of
+// the arithmetic. Fetching their own as the first tile does would cost more than it brings (Zen 3, 96 rows, 2048
+// columns, weights in L2: 53 GFLOP/s of 85, without 74).
 //
 // A result is the sum of its chunks, in order; a chunk is one chain of multiply-adds in rising k and one fixed tree over
 // lanes. The length of a chunk follows from k alone: a row's result has the same bits whatever rows are computed beside it.
