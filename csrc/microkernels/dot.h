@@ -26,16 +26,19 @@ constexpr int kDotTileM = 6;
 constexpr int kDotTileN = 4;
 
 template <class T>
-static int64_t dot_chunk(int64_t k) {  // of nearly equal length
+static int64_t dot_chunk(int64_t k) {  // steps of k > 0 in a chunk; of nearly equal length
   constexpr int64_t kStep = DotOperand<T>::kStep;
   const int64_t chunks = ceil_div(k * static_cast<int64_t>(sizeof(T)), kDotChunkBytes);
-  return chunks == 0 ? kStep : ceil_div(ceil_div(k, chunks), kStep) * kStep;
+  return ceil_div(ceil_div(k, chunks), kStep) * kStep;
 }
 
 // A walk over memory that will be read soon: `step` bytes further with every step of a tile.
 struct PrefetchWalk {
   uintptr_t at;
   uintptr_t step;
+
+  // what is left of it from a tile's step `steps` on
+  PrefetchWalk from(int64_t steps) const { return {at + static_cast<uintptr_t>(steps) * step, step}; }
 };
 
 // Steps [begin, begin + depth) of k; `first`: no earlier chunk's sums are in c.
@@ -171,21 +174,23 @@ struct SpreadWalk {
 template <class T>
 static void dot(const T* const* a, int64_t m, const DotBlock<T>* blocks, int64_t num_blocks, int64_t k, int64_t ldc,
                 const NextWeights& next, void*) {
+  if (k == 0) {
+    for (int64_t i = 0; i < num_blocks; ++i) fill_zero_rows<T>(blocks[i].c, m, blocks[i].n, ldc);
+    return;
+  }
   alignas(64) char copied[kCopiedBytes];
   int64_t columns = 0;
   for (int64_t i = 0; i < num_blocks; ++i) columns += blocks[i].n;
   // rows in tiles of nearly equal height: 32 rows are 6 + 6 + 5 + 5 + 5 + 5, not five sixes and a 2
-  const int64_t num_tiles = ceil_div(m, kDotTileM);
-  const int64_t chunk = dot_chunk<T>(k), num_chunks = k == 0 ? 1 : ceil_div(k, chunk);
-  // Several tiles of rows go through all the columns chunk by chunk. One (decode) reads each row of weights to its end, as
-  // it lies in memory.
-  const int64_t span = num_tiles == 1 ? num_chunks * chunk : chunk;
-  const int64_t copied_stride = ceil_div(span < k ? span : k, 64) * 64 + 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t num_tiles = ceil_div(m, kDotTileM), chunk = dot_chunk<T>(k);
+  // Several tiles of rows go through all the columns chunk by chunk. One (decode) reads each row of weights to its end,
+  // as it lies in memory.
+  const int64_t span = num_tiles == 1 ? k : chunk;
+  const int64_t copied_stride = ceil_div(span, 64) * 64 + 64 / static_cast<int64_t>(sizeof(T));
   // the next block's weights would not fit beside this one's where a block is sized by its chunks
-  SpreadWalk spread(num_chunks == 1 ? next : NextWeights{}, num_tiles * ceil_div(columns, kDotTileN),
-                    chunk / DotOperand<T>::kStep);
-  for (int64_t begin = 0; begin == 0 || begin < k; begin += span) {
-    const int64_t end = begin + span < k ? begin + span : k;
+  SpreadWalk spread(chunk < k ? NextWeights{} : next, num_tiles * ceil_div(columns, kDotTileN), k / DotOperand<T>::kStep);
+  for (int64_t begin = 0; begin < k; begin += span) {
+    const int64_t end = at_most(begin + span, k);
     for (int64_t tile = 0, row = 0; tile < num_tiles; ++tile) {
       const int64_t height = m / num_tiles + (tile < m % num_tiles);
       const T* rows[kDotTileM];
@@ -201,28 +206,25 @@ static void dot(const T* const* a, int64_t m, const DotBlock<T>* blocks, int64_t
       for (int64_t i = 0; i < num_blocks; ++i) {
         const DotBlock<T>& block = blocks[i];
         const DotWeights<T>& weights = block.weights;
-        for (int64_t j = 0; j < block.n;) {
+        for (int64_t j = 0, width; j < block.n; j += width) {
           const int64_t column = block.column + j;
           acc_t<T>* sums = block.c + row * ldc + j;
-          const bool whole = block.n - j >= kDotTileN && weights.rows_together(column) >= kDotTileN;
-          for (int64_t at = begin; at == begin || at < end; at += chunk) {
-            const DotChunk part{at, chunk < k - at ? chunk : k - at, at == 0};
-            if (!whole) {
+          width = block.n - j >= kDotTileN && weights.rows_together(column) >= kDotTileN ? kDotTileN : 1;
+          for (int64_t at = begin; at < end; at += chunk) {
+            const DotChunk part{at, at_most(chunk, k - at), at == 0};
+            if (width == 1) {
               dot_rows<T, 1, 1>(rows, height, weights, column, {reinterpret_cast<uintptr_t>(weights.row(column)), 0}, part,
                                 sums, ldc);
-            } else if (num_tiles == 1) {
-              PrefetchWalk walk = walk_ahead(&block, i + 1 == num_blocks, column, next);
-              walk.at += static_cast<uintptr_t>(at / DotOperand<T>::kStep) * walk.step;
-              dot_rows<T, kDotTileN, kStepLines<T>>(rows, height, weights, column, walk, part, sums, ldc);
-            } else {
-              const PrefetchWalk walk = spread.tile(weights.row(column));
-              if (walk.step <= kCacheLine)
-                dot_rows<T, kDotTileN, 1>(rows, height, weights, column, walk, part, sums, ldc);
-              else
-                dot_rows<T, kDotTileN, kStepLines<T>>(rows, height, weights, column, walk, part, sums, ldc);
+              continue;
             }
+            const PrefetchWalk walk = num_tiles == 1
+                                          ? walk_ahead(&block, i + 1 == num_blocks, column, next).from(at / DotOperand<T>::kStep)
+                                          : spread.tile(weights.row(column));
+            if (walk.step <= kCacheLine)
+              dot_rows<T, kDotTileN, 1>(rows, height, weights, column, walk, part, sums, ldc);
+            else
+              dot_rows<T, kDotTileN, kStepLines<T>>(rows, height, weights, column, walk, part, sums, ldc);
           }
-          j += whole ? kDotTileN : 1;
         }
       }
       row += height;

@@ -324,7 +324,6 @@ template <class T, class Codec>
 static void dot_quantized_integer(const T* const* a, int64_t m, const QuantizedBlock* blocks, int64_t num_blocks,
                                   int64_t ldc, void* scratch) {
   constexpr int kD = kDigitsOf<T>;
-  const auto at_most = [](int64_t x, int64_t limit) { return x < limit ? x : limit; };
   const int64_t in = blocks[0].weights.in, group_size = blocks[0].weights.group_size;
   float* units = static_cast<float*>(scratch);
   if (m <= kFewQuantizedRows) {

@@ -93,7 +93,6 @@ static void multiply_panels(const T* const* a, int64_t m, const PanelBlock<T, So
                             int64_t ldc, const Fetch& after, void* scratch) {
   using Packed = typename OuterOperand<T>::Packed;
   constexpr int64_t kSteps = kChunk / OuterOperand<T>::kDepth, kGroup = Source::kPanels * kPanel<T>;
-  const auto at_most = [](int64_t x, int64_t limit) { return x < limit ? x : limit; };
   Packed* packed_a = static_cast<Packed*>(scratch);
   Packed* panel_scratch = packed_a + kSteps * kPackedStride;
   for (int64_t k0 = 0; k0 < k; k0 += kChunk) {
@@ -125,12 +124,6 @@ static void multiply_panels(const T* const* a, int64_t m, const PanelBlock<T, So
       }
     }
   }
-}
-
-template <class T>
-static void fill_zero_rows(acc_t<T>* c, int64_t m, int64_t n, int64_t ldc) {
-  for (int64_t row = 0; row < m; ++row)
-    std::memset(static_cast<void*>(c + row * ldc), 0, static_cast<size_t>(n) * sizeof *c);
 }
 
 // One chunk of packed rows, panels or a chunk of the other operand, and a block of sums.

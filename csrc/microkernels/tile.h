@@ -89,6 +89,13 @@ constexpr int64_t kMaxOuterBlock = 256;
 constexpr int64_t kCacheLine = 64;
 
 MOE_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+MOE_INLINE int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
+
+template <class T>
+static void fill_zero_rows(acc_t<T>* c, int64_t m, int64_t n, int64_t ldc) {
+  for (int64_t row = 0; row < m; ++row)
+    std::memset(static_cast<void*>(c + row * ldc), 0, static_cast<size_t>(n) * sizeof *c);
+}
 
 // Memory to fetch into L2 meanwhile, in the order of its addresses: lines [first, end) of runs of contiguous cache lines.
 struct Fetch {

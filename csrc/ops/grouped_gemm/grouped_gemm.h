@@ -104,8 +104,8 @@ struct ExpertMatrices {
   static constexpr int64_t kBlockUnit = 16;
 
   // Columns of the result that one task computes, and tasks for every thread. Dot: the weights they read (bytes a column:
-  // in * sizeof(T), at most a chunk) should stay in L2 beside the rows and the weights that are fetched for the next task. Outer: see
-  // kOuterColumns.
+  // in * sizeof(T), at most a chunk) should stay in L2 beside the rows and the weights that are fetched for the next
+  // task. Outer: see kOuterColumns.
   int64_t block(int64_t columns, int64_t other_tasks) const {
     const Microkernels<T>& kernels = microkernels<T>();
     const auto split = [&](int64_t block, int64_t down_to, int64_t wanted_tasks) {
@@ -122,7 +122,8 @@ struct ExpertMatrices {
       const int64_t smallest = header ? kQuantizedPanel : std::max(kBlockUnit, kernels.outer_panel);
       return split(split(block, 64, 16 * num_threads()), smallest, 4 * num_threads());
     }
-    const int64_t fits = l2_bytes() * kWeightShare / 16 / std::clamp<int64_t>(in * static_cast<int64_t>(sizeof(T)), 1, kDotChunkBytes);
+    const int64_t column_bytes = std::clamp<int64_t>(in * static_cast<int64_t>(sizeof(T)), 1, kDotChunkBytes);
+    const int64_t fits = l2_bytes() * kWeightShare / 16 / column_bytes;
     block = std::clamp<int64_t>(fits / kBlockUnit * kBlockUnit, kBlockUnit, block);
     return split(block, kBlockUnit, 4 * num_threads());
   }
