@@ -38,7 +38,9 @@ struct PrefetchWalk {
   uintptr_t step;
 
   // what is left of it from a tile's step `steps` on
-  PrefetchWalk from(int64_t steps) const { return {at + static_cast<uintptr_t>(steps) * step, step}; }
+  __attribute__((always_inline)) PrefetchWalk from(int64_t steps) const {
+    return {at + static_cast<uintptr_t>(steps) * step, step};
+  }
 };
 
 // Steps [begin, begin + depth) of k; `first`: no earlier chunk's sums are in c.
@@ -154,14 +156,15 @@ struct SpreadWalk {
   uintptr_t tile_bytes = 0, step_bytes = 0, offset = 0;
   int64_t range = 0;
 
-  SpreadWalk(const NextWeights& weights, int64_t num_tiles, int64_t num_steps) : next(weights) {
+  __attribute__((always_inline)) SpreadWalk(const NextWeights& weights, int64_t num_tiles, int64_t num_steps)
+      : next(weights) {
     uintptr_t bytes = 0;
     for (int64_t i = 0; i < next.num_ranges; ++i) bytes += next.ranges[i].bytes;
     tile_bytes = bytes / static_cast<uintptr_t>(num_tiles) + 1;
     step_bytes = tile_bytes / static_cast<uintptr_t>(num_steps > 0 ? num_steps : 1) + 1;
   }
   // `nothing_to_fetch`: an address that is in cache
-  PrefetchWalk tile(const void* nothing_to_fetch) {
+  __attribute__((always_inline)) PrefetchWalk tile(const void* nothing_to_fetch) {
     while (range < next.num_ranges && offset >= next.ranges[range].bytes) offset -= next.ranges[range++].bytes;
     if (range >= next.num_ranges) return {reinterpret_cast<uintptr_t>(nothing_to_fetch), 0};
     const PrefetchWalk walk{next.ranges[range].begin + offset, step_bytes};
@@ -217,8 +220,9 @@ static void dot(const T* const* a, int64_t m, const DotBlock<T>* blocks, int64_t
                                 sums, ldc);
               continue;
             }
+            const bool last = i + 1 == num_blocks;
             const PrefetchWalk walk = num_tiles == 1
-                                          ? walk_ahead(&block, i + 1 == num_blocks, column, next).from(at / DotOperand<T>::kStep)
+                                          ? walk_ahead(&block, last, column, next).from(at / DotOperand<T>::kStep)
                                           : spread.tile(weights.row(column));
             if (walk.step <= kCacheLine)
               dot_rows<T, kDotTileN, 1>(rows, height, weights, column, walk, part, sums, ldc);
