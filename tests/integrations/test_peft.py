@@ -99,8 +99,10 @@ def test_equal_to_peft_in_one_mixed_batch(adapters):
     served.use(None)
     assert torch.equal(model(tokens), plain)
     with torch.no_grad():
-        served.use([None, "plain"])
-        assert torch.equal(model(tokens[[4, 0]])[1], out[0])  # the same bits in another batch
+        served.use([None, "plain"])  # another batch: not to the bit, since PyTorch's own matrix products are not
+        assert_close_to_reference(
+            model(tokens[[4, 0]])[1], outputs["plain", torch.float64][0], outputs["plain", torch.float32][0]
+        )
     assert torch.equal(served.restore()(tokens), plain) and isinstance(model.head, nn.Linear)
 
 

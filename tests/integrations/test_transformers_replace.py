@@ -43,27 +43,37 @@ REFUSED = {
 }
 
 
-def tokens(model, length: int = 7) -> torch.Tensor:
-    return torch.randint(2, model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(1))
+def tokens(model, length: int = 7, seed: int = 1) -> torch.Tensor:
+    return torch.randint(2, model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(seed))
 
 
-def run(model) -> dict[str, torch.Tensor]:
+def run(model, seed: int = 1) -> dict[str, torch.Tensor]:
     """The logits, and every gradient of their mean square."""
     model.zero_grad()
-    logits = model(tokens(model)).logits
+    logits = model(tokens(model, seed=seed)).logits
     logits.square().mean().backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     return {"logits": logits.detach(), **gradients}
 
 
 def compare(model):
-    reference64 = run(copy.deepcopy(model).double())
-    eager = run(model)
-    with replace_modules(model):
-        actual = run(model)
-    assert actual.keys() == eager.keys()
-    for name in reference64:
-        assert_close_to_reference(actual[name], reference64[name], eager[name], name)
+    """The rule once for all tensors of three batches, each tensor in units of its largest value.
+
+    Every one carries the rounding of the whole model, and alone the smallest (GPT-OSS's sinks: four values) say too
+    little of eager's: tensor by tensor and over 60 seeds, transformers' own batched_mm failed 13 times, ours 5.
+    """
+    results: dict[str, list] = {"actual": [], "reference64": [], "eager": []}
+    for seed in range(3):
+        reference64 = run(copy.deepcopy(model).double(), seed)
+        eager = run(model, seed)
+        with replace_modules(model):
+            actual = run(model, seed)
+        assert actual.keys() == eager.keys() == reference64.keys()
+        for name, value in reference64.items():
+            unit = 2.0 ** -torch.frexp(value.abs().max()).exponent  # a power of two: the quotient is exact
+            for results_of, of in zip(results.values(), (actual, reference64, eager), strict=True):
+                results_of.append(of[name].flatten() * unit)
+    assert_close_to_reference(**{kind: torch.cat(tensors) for kind, tensors in results.items()})
 
 
 @pytest.mark.parametrize("name", REPLACED)
