@@ -190,14 +190,14 @@ MOE_INLINE void with_few_rows(int64_t m, const F& f) {
 }
 
 template <class T>
-static void dot_few(const T* const* a, int64_t m, const DotBlock<T>* blocks, int64_t num_blocks, int64_t k, int64_t ldc,
-                    const NextWeights& next, void* scratch) {
+static void dot_few(const T* const* a, int64_t m, const DotBlocks<T>& all, int64_t k, int64_t ldc,
+                    const DotBlocks<T>& next, void* scratch) {
   acc_t<T>* packed_a = static_cast<acc_t<T>*>(scratch);
   for (int64_t k0 = 0; k0 < k; k0 += kFewSteps) {
     const int64_t depth = k - k0 < kFewSteps ? k - k0 : kFewSteps;
     pack_rows<T>(a, m, k0, depth, packed_a, depth);
-    for (int64_t i = 0; i < num_blocks; ++i) {
-      const DotBlock<T>& block = blocks[i];
+    for (int64_t i = 0; i < all.num_blocks; ++i) {
+      const DotBlock<T>& block = all.blocks[i];
       const DotWeights<T>& weights = block.weights;
       const bool prepacked = weights.panel_rows == kPanel<T>;
       const int64_t step = prepacked ? kPanel<T> : kLanes<acc_t<T>>;
@@ -205,11 +205,12 @@ static void dot_few(const T* const* a, int64_t m, const DotBlock<T>* blocks, int
         const int64_t width = block.n - j < step ? block.n - j : step;
         const TileResult<T> result{.sums = block.c + j, .sums_stride = ldc, .width = width, .first = k0 == 0};
         // in the order of addresses: the rows after these, of this block, the next or the caller's next
-        uintptr_t prefetch = reinterpret_cast<uintptr_t>(weights.row(block.column + j + step));
-        if (j + step >= block.n && i + 1 < num_blocks)
-          prefetch = reinterpret_cast<uintptr_t>(blocks[i + 1].weights.row(blocks[i + 1].column));
-        else if (j + step >= block.n && next.num_ranges > 0)
-          prefetch = next.ranges[0].begin;
+        const T* after = weights.row(block.column + j + step);
+        if (j + step >= block.n && i + 1 < all.num_blocks)
+          after = all.blocks[i + 1].weights.row(all.blocks[i + 1].column);
+        else if (j + step >= block.n && next.num_blocks > 0)
+          after = next.blocks[0].weights.row(next.blocks[0].column);
+        const uintptr_t prefetch = reinterpret_cast<uintptr_t>(after);
         with_few_rows(m, [&]<int kM>() {
           if (!prepacked) {
             few_rows<T, kM>(packed_a, depth, weights.row(block.column + j) + k0, weights.row_stride, width, depth, prefetch,
@@ -230,33 +231,35 @@ static void dot_few(const T* const* a, int64_t m, const DotBlock<T>* blocks, int
 }
 
 template <class T, class Source>
-static void dot_from(const T* const* a, int64_t m, const DotBlock<T>* blocks, int64_t num_blocks, int64_t k, int64_t ldc,
-                     const NextWeights& next, void* scratch) {
+static void dot_from(const T* const* a, int64_t m, const DotBlocks<T>& all, int64_t k, int64_t ldc,
+                     const DotBlocks<T>& next, void* scratch) {
+  const auto panel_block = [](const DotBlock<T>& block) {
+    return PanelBlock<T, Source>{Source{{block.weights}}, block.column, block.n, block.c};
+  };
   PanelBlock<T, Source> panels[kMaxDotBlocks];
-  for (int64_t i = 0; i < num_blocks; ++i)
-    panels[i] = {Source{{blocks[i].weights}}, blocks[i].column, blocks[i].n, blocks[i].c};
+  for (int64_t i = 0; i < all.num_blocks; ++i) panels[i] = panel_block(all.blocks[i]);
   Fetch after;
-  if (next.num_ranges > 0) {
-    after = panels[0].source.fetch(panels[0].column, kPanel<T>, 0, k < kChunk ? k : kChunk);
-    after.begin = next.ranges[0].begin;
+  if (next.num_blocks > 0) {
+    const PanelBlock<T, Source> first = panel_block(next.blocks[0]);
+    after = first.source.fetch(first.column, kPanel<T>, 0, k < kChunk ? k : kChunk);
   }
-  multiply_panels<T>(a, m, panels, num_blocks, k, ldc, after, scratch);
+  multiply_panels<T>(a, m, panels, all.num_blocks, k, ldc, after, scratch);
 }
 
 // See Microkernels::dot.
 template <class T>
-static void dot(const T* const* a, int64_t m, const DotBlock<T>* blocks, int64_t num_blocks, int64_t k, int64_t ldc,
-                const NextWeights& next, void* scratch) {
+static void dot(const T* const* a, int64_t m, const DotBlocks<T>& all, int64_t k, int64_t ldc, const DotBlocks<T>& next,
+                void* scratch) {
   if (k == 0) {
-    for (int64_t i = 0; i < num_blocks; ++i) fill_zero_rows<T>(blocks[i].c, m, blocks[i].n, ldc);
+    for (int64_t i = 0; i < all.num_blocks; ++i) fill_zero_rows<T>(all.blocks[i].c, m, all.blocks[i].n, ldc);
   } else if (m <= kFewRows) {
-    dot_few(a, m, blocks, num_blocks, k, ldc, next, scratch);
-  } else if (blocks[0].weights.panel_rows != kPanel<T>) {
-    dot_from<T, RowMajor<T>>(a, m, blocks, num_blocks, k, ldc, next, scratch);
+    dot_few(a, m, all, k, ldc, next, scratch);
+  } else if (all.blocks[0].weights.panel_rows != kPanel<T>) {
+    dot_from<T, RowMajor<T>>(a, m, all, k, ldc, next, scratch);
   } else if (sizeof(T) == sizeof(acc_t<T>) || m <= 2 * kOuterTileM) {
-    dot_from<T, Prepacked<T>>(a, m, blocks, num_blocks, k, ldc, next, scratch);
+    dot_from<T, Prepacked<T>>(a, m, all, k, ldc, next, scratch);
   } else {
-    dot_from<T, ConvertedPrepacked<T>>(a, m, blocks, num_blocks, k, ldc, next, scratch);
+    dot_from<T, ConvertedPrepacked<T>>(a, m, all, k, ldc, next, scratch);
   }
 }
 

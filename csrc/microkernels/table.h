@@ -57,13 +57,11 @@ struct DotBlock {
   acc_t<T>* c;
 };
 
-// Weights that the caller will multiply next, to be fetched into L2 meanwhile. A hint.
-struct NextWeights {
-  struct Range {
-    uintptr_t begin, bytes;
-  };
-  Range ranges[4];
-  int64_t num_ranges = 0;
+// What one call multiplies; they share k.
+template <class T>
+struct DotBlocks {
+  DotBlock<T> blocks[kMaxDotBlocks];
+  int64_t num_blocks = 0;
 };
 
 template <class T>
@@ -71,8 +69,9 @@ struct Microkernels {
   using Acc = acc_t<T>;
 
   // All blocks for m rows; the blocks share ldc. Together, so that each tile of rows is brought to L1 once.
-  void (*dot)(const T* const* a, int64_t m, const DotBlock<T>* blocks, int64_t num_blocks, int64_t k, int64_t ldc,
-              const NextWeights& next, void* scratch);
+  // next: what the caller will multiply after them, to be fetched into L2 meanwhile; none: these again. A hint.
+  void (*dot)(const T* const* a, int64_t m, const DotBlocks<T>& blocks, int64_t k, int64_t ldc, const DotBlocks<T>& next,
+              void* scratch);
 
   // All blocks of quantised weights for m <= 96 rows; the blocks share ldc, `in` and the format. Null for double.
   void (*dot_quantized)(const T* const* a, int64_t m, const QuantizedBlock* blocks, int64_t num_blocks, int64_t ldc,

@@ -108,12 +108,12 @@ void add_to_tokens(const Pairs& pairs, const ExpertMatrices<T>& matrices, const 
     const typename ExpertMatrices<T>::Columns range[] = {{column, n, c}};
     for (int64_t e = pairs.next_expert(-1); e < pairs.num_experts;) {
       const int64_t next = pairs.next_expert(e), begin = pairs.expert_offsets[e], end = pairs.expert_offsets[e + 1];
-      const NextWeights next_weights = next < pairs.num_experts ? matrices.memory(next, range) : NextWeights{};
+      const DotBlocks<T> next_blocks = next < pairs.num_experts ? matrices.blocks(next, range) : DotBlocks<T>{};
       const T* expert_bias = bias == nullptr ? nullptr : bias + e * columns + column;
       const int64_t num_parts = (end - begin + row_block - 1) / row_block;
       for (int64_t p = 0; p < num_parts; ++p) {
         const int64_t row = begin + p * (end - begin) / num_parts, height = begin + (p + 1) * (end - begin) / num_parts - row;
-        matrices.multiply(e, a + row, height, range, ldc, p + 1 == num_parts ? next_weights : NextWeights{});
+        matrices.multiply(e, a + row, height, range, ldc, p + 1 == num_parts ? next_blocks : DotBlocks<T>{});
         for (int64_t r = 0; r < height; ++r)
           microkernels<T>().accumulate(sums + pairs.token(row + r) * n, c + r * ldc, expert_bias,
                                        weights == nullptr ? Acc{1} : weights[pairs.source_pairs[row + r]], n);
@@ -212,7 +212,7 @@ std::tuple<Tensor, Tensor> expert_ffn_cpu(const Tensor& hidden_states_in, const 
           const int64_t ldc = gate_and_up(task, nullptr).ldc, up = paired ? 1 : gate_up.ldc(n);
           Acc* c = task_scratch.take<Acc>(height * ldc);
           gate_up.multiply(task.expert, x + task.row_begin, height, gate_and_up(task, c), ldc,
-                           next == nullptr ? NextWeights{} : gate_up.memory(next->expert, gate_and_up(*next, nullptr)));
+                           next == nullptr ? DotBlocks<T>{} : gate_up.blocks(next->expert, gate_and_up(*next, nullptr)));
           const T* expert_bias = bias == nullptr ? nullptr : bias + task.expert * gate_up_size;
           for (int64_t r = task.row_begin; r < task.row_end; ++r, c += ldc) {
             T* saved_row = saved_rows == nullptr ? nullptr : saved_rows + r * gate_up_size;

@@ -158,9 +158,9 @@ struct ExpertMatrices {
   };
 
   // c[r, j] = sum_i a[r][i] * W[expert][column + j][i] for num_rows rows (at most row_block()), j in [0, n), for each of
-  // at most two ranges of columns (gate and up). `next`: memory() of what the same thread will probably multiply next.
+  // at most two ranges of columns (gate and up). `next`: blocks() of what the same thread will probably multiply next.
   void multiply(int64_t expert, const T* const* a, int64_t num_rows, std::span<const Columns> ranges, int64_t ldc,
-                const NextWeights& next = {}) const {
+                const DotBlocks<T>& next = {}) const {
     Scratch scratch;
     void* packed = scratch.take<char>(microkernels<T>().scratch_bytes);
     if (header) return multiply_quantized(expert, a, num_rows, ranges, ldc, packed);
@@ -170,21 +170,25 @@ struct ExpertMatrices {
                                 ldc, packed);
       return;
     }
-    DotBlock<T> blocks[kMaxDotBlocks];
-    microkernels<T>().dot(a, num_rows, blocks, dot_blocks(expert, ranges, blocks), in, ldc, next, packed);
+    microkernels<T>().dot(a, num_rows, blocks(expert, ranges), in, ldc, next, packed);
   }
 
-  // Where the weights of these columns lie (dot only).
-  NextWeights memory(int64_t expert, std::span<const Columns> ranges) const {
-    NextWeights next;
-    if (!dot_layout || header) return next;  // quantised weights are read as a stream, which needs no more
-    DotBlock<T> blocks[kMaxDotBlocks];
-    next.num_ranges = dot_blocks(expert, ranges, blocks);
-    for (int64_t i = 0; i < next.num_ranges; ++i) {
-      const auto at = [&](int64_t column) { return reinterpret_cast<uintptr_t>(blocks[i].weights.row(column)); };
-      next.ranges[i] = {at(blocks[i].column), at(blocks[i].column + blocks[i].n) - at(blocks[i].column)};
-    }
-    return next;
+  // The blocks that make up the ranges: a range may straddle gate and up where they were packed apart. None but in the dot
+  // layout: quantised weights are read as a stream, which needs no hint of what is next.
+  DotBlocks<T> blocks(int64_t expert, std::span<const Columns> ranges) const {
+    DotBlocks<T> all;
+    if (!dot_layout || header) return all;
+    const int64_t split_size = num_splits == 1 ? kPlain : out / num_splits;
+    for (Columns range : ranges)
+      while (range.n > 0) {
+        const int64_t split = range.column / split_size, at = range.column - split * split_size;
+        const int64_t here = std::min(range.n, split_size - at);
+        all.blocks[all.num_blocks++] = {
+            {data + expert * expert_stride + split * split_stride, row_stride, step_stride, panel_rows, panel_stride},
+            at, here, range.c};
+        range = {range.column + here, range.n - here, range.c + here};
+      }
+    return all;
   }
 
  private:
@@ -201,22 +205,6 @@ struct ExpertMatrices {
       }
       microkernels<T>().dot_quantized(a, num_rows, blocks, num_blocks, ldc, scratch);
     }
-  }
-
-  // The blocks that make up the ranges: a range may straddle gate and up where they were packed apart.
-  int64_t dot_blocks(int64_t expert, std::span<const Columns> ranges, DotBlock<T>* blocks) const {
-    const int64_t split_size = num_splits == 1 ? kPlain : out / num_splits;
-    int64_t num_blocks = 0;
-    for (Columns range : ranges)
-      while (range.n > 0) {
-        const int64_t split = range.column / split_size, at = range.column - split * split_size;
-        const int64_t here = std::min(range.n, split_size - at);
-        blocks[num_blocks++] = {
-            {data + expert * expert_stride + split * split_stride, row_stride, step_stride, panel_rows, panel_stride},
-            at, here, range.c};
-        range = {range.column + here, range.n - here, range.c + here};
-      }
-    return num_blocks;
   }
 };
 

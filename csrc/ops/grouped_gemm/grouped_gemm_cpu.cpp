@@ -47,12 +47,12 @@ Tensor grouped_gemm_cpu(const Tensor& rows_in, const Tensor& expert_weights, con
           Scratch task_scratch;
           acc_t<T>* c = task_scratch.take<acc_t<T>>(height * ldc);
           const Columns columns[] = {{part.column, n, c}};
-          NextWeights next_weights;
+          DotBlocks<T> next_blocks;
           if (next != nullptr) {
             const Columns next_columns[] = {{next->column, width(*next), nullptr}};
-            next_weights = weights.memory(next->expert, next_columns);
+            next_blocks = weights.blocks(next->expert, next_columns);
           }
-          weights.multiply(part.expert, a + part.row_begin, height, columns, ldc, next_weights);
+          weights.multiply(part.expert, a + part.row_begin, height, columns, ldc, next_blocks);
           const T* expert_bias = bias ? data<T>(*bias) + part.expert * out_features + part.column : nullptr;
           for (int64_t r = 0; r < height; ++r)
             microkernels<T>().store_row(c + r * ldc, expert_bias,
