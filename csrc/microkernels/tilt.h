@@ -58,7 +58,8 @@ static TiltBlock tilt_block(const Acc* base, const Acc* direction, int64_t n, do
   const double top = largest(weights, n);
   for (int64_t i = 0; i < n; ++i) {
     const double below = weights[i] - top;
-    weights[i] = exp_of_log_weight(below > kSmallestLog<double> ? below : kSmallestLog<double>);
+    const double weight = exp_of_log_weight(below > kSmallestLog<double> ? below : kSmallestLog<double>);
+    weights[i] = below > kSmallestLog<double> ? weight : 0.0;  // exactly: the direction may be as large as a masked logit
     first[i] = weights[i] * static_cast<double>(direction[i]);
     second[i] = first[i] * static_cast<double>(direction[i]);
   }
@@ -87,6 +88,7 @@ static bool tilt_grid(const Acc* base, const Acc* direction, int64_t n, const Ti
   }
   if (worst != 0) return false;
   exponentials(start, n, Acc{0}, start);
+  for (int64_t i = 0; i < n; ++i) start[i] = start[i] > Acc{1e-30} ? start[i] : Acc{0};
   exponentials(ratio, n, Acc{0}, ratio);
   int64_t count = n;
   for (; count % kN != 0; ++count) start[count] = ratio[count] = padded[count] = 0;

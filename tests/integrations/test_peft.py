@@ -142,6 +142,20 @@ def test_add_evict_and_mix(tmp_path):
     assert torch.equal(model(tokens), before)
 
 
+def test_a_slot_forgets_the_row_scale_of_the_adapter_before(adapters, tmp_path):
+    model, folders, tokens, _ = adapters
+    served = load_peft_adapters(model, {"dora": folders["dora"]}, num_slots=1)
+    served.evict("dora")
+    served.add("head", folders["vocabulary"])  # leaves alone every layer that the other scaled
+    served.use(["head"])
+    with torch.no_grad():
+        actual = model(tokens[:1])
+        fresh = served.restore()
+        alone = load_peft_adapters(fresh, {"head": folders["vocabulary"]})
+        alone.use(["head"])
+        torch.testing.assert_close(actual, fresh(tokens[:1]))
+
+
 def test_what_is_not_understood_is_refused(tmp_path):
     model = Model()
     state = {key: value.clone() for key, value in model.state_dict().items()}

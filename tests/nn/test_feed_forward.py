@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_kernels import Activation, expert_counts, expert_ffn, route, route_expert_choice, route_soft, route_top_p
@@ -241,3 +242,28 @@ def test_refusals_of_options():
         MoEFeedForward(8, 4, 3, 2, shared_gate=True)
     with pytest.raises(RuntimeError, match="update_expert_bias needs a balanced layer; make it with balanced=True"):
         MoEFeedForward(8, 4, 3, 2).update_expert_bias()
+
+
+def test_identity_and_null_experts_however_they_are_chosen():
+    x = torch.randn(6, 4)
+    module = MoEFeedForward(4, 4, 2, 2, num_identity_experts=1, num_null_experts=1, routing=route_soft)
+    nn.init.zeros_(module.down_proj)  # what is left is the identity expert
+    share = module.router(x).softmax(1)[:, 2:3]
+    torch.testing.assert_close(module(x), share * x)
+    module.routing = None
+    assert not module(x, torch.full((6, 1), 3)).any()
+    unweighted = MoEFeedForward(4, 4, 2, 3, num_identity_experts=1, weighted=False)
+    nn.init.zeros_(unweighted.down_proj)
+    torch.testing.assert_close(unweighted(x), x)
+
+
+def test_a_router_that_is_given_keeps_its_weights():
+    router = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 3))  # knows no reset_parameters
+    before = [parameter.clone() for parameter in router.parameters()]
+    module = MoEFeedForward(8, 4, 3, 2, router=router)
+    module.reset_parameters()
+    assert module.router is router
+    assert all(torch.equal(a, b) for a, b in zip(before, router.parameters(), strict=True))
+    linear = nn.Linear(8, 3)
+    weight = linear.weight.clone()
+    assert torch.equal(MoEFeedForward(8, 4, 3, 2, router=linear).router.weight, weight)

@@ -169,6 +169,17 @@ def test_broken_and_empty_rows(backend, mode):
 
 
 @pytest.mark.with_reference
+@pytest.mark.parametrize("broken", [NAN, INF])
+@pytest.mark.parametrize("kept", [dict(top_k=2), dict(top_p=0.9), dict(min_p=0.1)], ids=str)
+def test_a_broken_row_stays_alone_under_a_filter(backend, broken, kept):
+    sources = [torch.randn(2, 10), torch.randn(2, 10)]
+    expected = fuse_logits(sources, [1.0, -0.5], mask=TokenFilter(**kept), backend=backend)[1]
+    sources[0][0, 3] = broken
+    log_probs = fuse_logits(sources, [1.0, -0.5], mask=TokenFilter(**kept), backend=backend)
+    assert log_probs[0].isnan().all() and torch.equal(log_probs[1], expected)
+
+
+@pytest.mark.with_reference
 def test_only_tokens_have_a_limit_at_temperature_zero(backend):
     logits, temperature = torch.tensor([[1.0, 3.0, 2.0]] * 2), torch.tensor([0.0, 1.0])
     for out in RESULTS:

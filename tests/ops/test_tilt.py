@@ -46,6 +46,25 @@ def test_stats(backend, dtype, vocab_size):
     )
 
 
+# what models and samplers write for "never": it weighs nothing, and its direction counts nothing
+@pytest.mark.with_reference
+@pytest.mark.parametrize("never", [-1e18, -1e30, torch.finfo(torch.float32).min])
+def test_tokens_that_are_masked_with_a_finite_number_count_nothing(backend, never):
+    sources = rows(4, 600, torch.float32)
+    masked = [source.clone() for source in sources]
+    for source in masked[:2]:
+        source[:, 590:] = never
+    sources = [source[:, :590] for source in sources]
+    pair = (torch.full((4,), 0.2), torch.full((4,), 0.3))
+    for options in ({"target": "kl", "values": 0.1}, {"target": "match", "values": pair, "grid": 21}):
+        actual = solve_tilt(masked[0], tuple(masked[1:]), backend=backend, **options).alpha
+        expected = solve_tilt(sources[0], tuple(sources[1:]), backend=backend, **options).alpha
+        torch.testing.assert_close(actual, expected)
+    actual, expected = (tilt_stats(a, (b, c), [0.0, 0.5], backend=backend) for a, b, c in (masked, sources))
+    for ours, without in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, without)
+
+
 @pytest.mark.with_reference
 def test_stats_are_what_papers_write(backend):
     base, tuned, untuned = rows(5, 300)

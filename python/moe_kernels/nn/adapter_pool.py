@@ -101,6 +101,12 @@ class AdapterPool(nn.Module):
         if self.row_scale is not None:
             self.row_scale[slot] = 1 if row_scale is None else row_scale
 
+    def leave_alone(self, slot: int) -> None:
+        """Fills a slot with an adapter that does nothing to this layer: rank 0, no row scaled."""
+        self.ranks[slot] = 0
+        if self.row_scale is not None:
+            self.row_scale[slot] = 1
+
     def evict(self, slot: int) -> None:
         """Empties a slot: its rows may be given to others, and a batch that still names it is refused."""
         self.ranks[slot] = -1

@@ -111,7 +111,7 @@ class MoEFeedForward(nn.Module):
         rows = 2 if activation.gated else 1
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, rows * intermediate_size, hidden_size, **place))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size, **place))
-        self.router = router or nn.Linear(hidden_size, num_logits, bias=router_bias, **place)
+        self.router = nn.Linear(hidden_size, num_logits, bias=router_bias, **place) if router is None else router
         self.shared_gate_up_proj = self.shared_down_proj = self.shared_gate = None
         if shared_intermediate_size:
             size = shared_intermediate_size
@@ -124,7 +124,7 @@ class MoEFeedForward(nn.Module):
         self.register_buffer("expert_bias", bias)
         self.register_buffer("expert_counts", counts, persistent=False)
         self._routing_hooks: OrderedDict[int, Callable[[Routed], None]] = OrderedDict()
-        self.reset_parameters()
+        self._reset_experts()  # a router has its weights, its own or those it came with
 
     @property
     def num_experts(self) -> int:
@@ -135,13 +135,17 @@ class MoEFeedForward(nn.Module):
         return self.gate_up_proj.shape[2]
 
     def reset_parameters(self) -> None:
-        """Draws every weight as ``nn.Linear`` does: uniform in ±1/sqrt(fan_in)."""
+        """Draws every weight as ``nn.Linear`` does: uniform in ±1/sqrt(fan_in). A router draws its own, if it can."""
+        self._reset_experts()
+        if hasattr(self.router, "reset_parameters"):
+            self.router.reset_parameters()
+
+    def _reset_experts(self) -> None:
         own = (self.gate_up_proj, self.down_proj, self.shared_gate_up_proj, self.shared_down_proj, self.shared_gate)
         for weight in own:
             if weight is not None:
                 bound = weight.shape[-1] ** -0.5 if weight.shape[-1] else 0.0
                 nn.init.uniform_(weight, -bound, bound)
-        self.router.reset_parameters()
 
     def forward(
         self, hidden_states: Tensor, expert_ids: Tensor | None = None, *, return_routed: bool = False
@@ -167,7 +171,9 @@ class MoEFeedForward(nn.Module):
             options = {"expert_bias": self.expert_bias, "num_null_experts": self.num_null_experts}
             topk_ids, topk_weights = route(logits, self.top_k, renormalize=self.renormalize, **options)
         if not self.weighted:
-            topk_weights = torch.ones_like(topk_weights).masked_fill(topk_ids >= self.num_experts, 0)
+            topk_weights = torch.ones_like(topk_weights)
+        if self.num_null_experts:  # however they were chosen: what follows may not count them as identity experts
+            topk_weights = topk_weights.masked_fill(topk_ids >= self.num_experts + self.num_identity_experts, 0)
         routed = Routed(logits, topk_ids, topk_weights)
         self._observe(routed)
 

@@ -298,7 +298,7 @@ class PeftAdapters:
                 raise type(error)(f"{error} (key {module.keys['a']})") from None
         for module_name, layer in new.items():
             for other in self._slots.values():
-                layer.pool.ranks[other] = 0  # adapters that leave this layer alone
+                layer.pool.leave_alone(other)
             self._model.set_submodule(module_name, layer)
             self._layers[module_name] = layer
         for module_name, layer in self._layers.items():
@@ -307,7 +307,7 @@ class PeftAdapters:
                 factors = self._factors(layer, module)
                 layer.pool.fill(name, slot, *factors, module.scaling, gains.get(module_name))
             else:
-                layer.pool.ranks[slot] = 0
+                layer.pool.leave_alone(slot)
         self._drop_saved(slot)
         for module_name, saved in adapter.saved.items():
             if module_name not in self._saved:

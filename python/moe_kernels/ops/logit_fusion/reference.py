@@ -22,8 +22,8 @@ def threshold(z: Tensor, numbers: list[float]) -> Tensor:
         left = ranked.masked_fill(ranked < bound, -torch.inf)
         probs = left.double().softmax(1).nan_to_num(0)
         above = probs.cumsum(1) - probs
-        # of equal logits, the first one's rank counts for all
-        above = above.gather(1, torch.searchsorted(-ranked, -ranked))
+        # of equal logits, the first one's rank counts for all; NaN, in no order, breaks its row whatever is found here
+        above = above.gather(1, torch.searchsorted(-ranked, -ranked).clamp(max=z.shape[1] - 1))
         inside = (above < top_p) & (left > -torch.inf)
         bound = torch.maximum(bound, left.masked_fill(~inside, torch.inf).amin(1, keepdim=True))
     if min_p > 0:
