@@ -39,7 +39,7 @@ struct DotChunk {
   bool first;
 };
 
-// A walk over memory that will be read soon: in each step of a tile some cache lines, `line_stride` bytes apart.
+// A walk over memory that will be read soon: in each step of a tile kLines cache lines, `line_stride` bytes apart.
 struct PrefetchWalk {
   uintptr_t at, line_stride, step;
 };
@@ -167,18 +167,17 @@ struct Coming {
     const int64_t at = packed ? weights_begin * block->weights.panel_rows + in_panel * depth : weights_begin;
     return reinterpret_cast<uintptr_t>(first) + static_cast<uintptr_t>(at) * sizeof(T);
   }
-  // What the next tile of columns fetches, and how many runs that is. `cached`: an address where nothing is due.
-  __attribute__((always_inline)) PrefetchWalk walk(const void* cached, int64_t* num_runs) {
+  // What the next tile of columns fetches: two runs where line_stride is not 0. `cached`: an address where nothing is due.
+  // num_column_tiles calls come to the last run's end and never past it.
+  __attribute__((always_inline)) PrefetchWalk walk(const void* cached) {
     const int64_t runs = num_rows + num_weight_rows, first = run;
     due += runs;
     const int64_t now = due / num_column_tiles;
     due -= now * num_column_tiles;
     run += now;
-    *num_runs = run > runs ? 0 : now;  // past the end where a block's last columns are tiles of one
-    if (*num_runs == 0) return {reinterpret_cast<uintptr_t>(cached), 0, 0};
+    if (now == 0) return {reinterpret_cast<uintptr_t>(cached), 0, 0};
     const uintptr_t at = run_at(first);
-    if (now == 1) return {at, 0, kCacheLine};
-    return {at, run_at(first + 1) - at, kCacheLine};
+    return {at, now == 1 ? 0 : run_at(first + 1) - at, kCacheLine};
   }
 };
 
@@ -191,8 +190,7 @@ static void dot(const T* const* a, int64_t m, const DotBlocks<T>& all, int64_t k
     return;
   }
   alignas(64) char copied[kCopiedBytes];
-  int64_t columns = 0;
-  for (int64_t i = 0; i < all.num_blocks; ++i) columns += all.blocks[i].n;
+  const int64_t columns = all.columns();
   // rows in tiles of nearly equal height: 32 rows are 6 + 6 + 5 + 5 + 5 + 5, not five sixes and a 2
   const int64_t num_tiles = ceil_div(m, kDotTileM), chunk = dot_chunk<T>(k);
   const auto height_of = [&](int64_t tile) { return m / num_tiles + (tile < m % num_tiles); };
@@ -204,8 +202,7 @@ static void dot(const T* const* a, int64_t m, const DotBlocks<T>& all, int64_t k
     const int64_t end = at_most(begin + span, k);
     // what follows this chunk of these blocks
     const DotBlocks<T>& weights_after = end < k || (next.num_blocks == 0 && begin > 0) ? all : next;
-    int64_t num_weights_after = 0;
-    for (int64_t i = 0; i < weights_after.num_blocks; ++i) num_weights_after += weights_after.blocks[i].n;
+    const int64_t num_weights_after = weights_after.columns();
     for (int64_t tile = 0, row = 0; tile < num_tiles; ++tile) {
       const int64_t height = height_of(tile);
       const T* rows[kDotTileM];
@@ -237,9 +234,8 @@ static void dot(const T* const* a, int64_t m, const DotBlocks<T>& all, int64_t k
           const int64_t column = block.column + j;
           acc_t<T>* sums = block.c + row * ldc + j;
           width = block.n - j >= kDotTileN && weights.rows_together(column) >= kDotTileN ? kDotTileN : 1;
-          int64_t num_runs = 0;
           PrefetchWalk walk{};
-          if (num_tiles > 1 && width > 1) walk = coming.walk(weights.row(column), &num_runs);
+          if (num_tiles > 1 && width > 1) walk = coming.walk(weights.row(column));
           for (int64_t at = begin; at < end; at += chunk) {
             const DotChunk part{at, at_most(chunk, k - at), at == 0};
             if (width == 1)
@@ -248,7 +244,7 @@ static void dot(const T* const* a, int64_t m, const DotBlocks<T>& all, int64_t k
               dot_rows<T, kDotTileN, kStepLines<T>>(rows, height, weights, column,
                                                     walk_ahead(all, i, column, next, at / DotOperand<T>::kStep), part, sums,
                                                     ldc);
-            else if (num_runs < 2)
+            else if (walk.line_stride == 0)
               dot_rows<T, kDotTileN, 1>(rows, height, weights, column, walk, part, sums, ldc);
             else
               dot_rows<T, kDotTileN, 2>(rows, height, weights, column, walk, part, sums, ldc);

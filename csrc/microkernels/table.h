@@ -62,6 +62,12 @@ template <class T>
 struct DotBlocks {
   DotBlock<T> blocks[kMaxDotBlocks];
   int64_t num_blocks = 0;
+
+  __attribute__((always_inline)) int64_t columns() const {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < num_blocks; ++i) sum += blocks[i].n;
+    return sum;
+  }
 };
 
 template <class T>

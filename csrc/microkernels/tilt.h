@@ -18,8 +18,8 @@ static int64_t tilt_row(Acc* base, Acc* direction, const Acc* subtracted, int64_
   return count;
 }
 
-// What is smaller beside the largest weight than exp(this) counts as much as that: the sums do not see it, and numbers below
-// the smallest normal one, which are slow, never come up.
+// What is smaller beside the largest weight than exp(this) counts nothing, however large its direction; numbers below the
+// smallest normal one, which are slow, never come up.
 template <class Acc>
 constexpr Acc kSmallestLog = -80;
 
@@ -88,11 +88,12 @@ static bool tilt_grid(const Acc* base, const Acc* direction, int64_t n, const Ti
   }
   if (worst != 0) return false;
   exponentials(start, n, Acc{0}, start);
-  for (int64_t i = 0; i < n; ++i) start[i] = start[i] > Acc{1e-30} ? start[i] : Acc{0};
+  constexpr Acc kNothing = static_cast<Acc>(1e-30);
+  for (int64_t i = 0; i < n; ++i) start[i] = start[i] > kNothing ? start[i] : Acc{0};
   exponentials(ratio, n, Acc{0}, ratio);
   int64_t count = n;
   for (; count % kN != 0; ++count) start[count] = ratio[count] = padded[count] = 0;
-  const Vec<Acc> nothing = broadcast(static_cast<Acc>(1e-30));
+  const Vec<Acc> nothing = broadcast(kNothing);
   for (int64_t j = 0; j < grid.num_points; ++j) {
     Vec<Acc> sum[2] = {}, mean[2] = {};
     for (int64_t i = 0; i < count; i += kN)
