@@ -17,8 +17,9 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
     "cuda": ("native", "triton", "reference"),
 }
 
-#: ops that have kernels in CUDA C++ and in Triton; every op has native kernels for the CPU
-CUDA_OPS = TRITON_OPS = frozenset({"plan_dispatch", "permute", "unpermute", "route", "route_weights"})
+#: ops that have kernels in CUDA C++, and in Triton; every op has native kernels for the CPU
+CUDA_OPS = frozenset({"plan_dispatch", "permute", "unpermute", "route", "route_weights"})
+TRITON_OPS = CUDA_OPS | {"grouped_gemm", "expert_ffn"}
 
 _BACKENDS = ("auto", "reference", "native", "triton")
 _DEFAULT = env.variable("MOE_KERNELS_BACKEND")

@@ -14,12 +14,13 @@ from moe_kernels._checks import (
 )
 from moe_kernels._dispatch import Backend, autocast, autocast_enabled, resolve
 from moe_kernels.activation import Activation
-from moe_kernels.ops.expert_ffn import autograd, native, reference
+from moe_kernels.ops.expert_ffn import autograd, reference
 from moe_kernels.ops.grouped_gemm.api import check_bias, check_prepacked, check_quantized
 from moe_kernels.ops.grouped_gemm.prepacked import PrepackedWeights
 from moe_kernels.ops.quantize.quantized import QuantizedWeights
 
 _OP = "expert_ffn"
+_QUANTIZED_OP = "expert_ffn of quantised weights"  # kernels for the CPU alone
 _SILU = Activation()
 
 
@@ -154,7 +155,7 @@ def expert_ffn(
             down_bias=down_bias,
         )
 
-    chosen = resolve(_OP, backend, device_type)
+    chosen = resolve(_QUANTIZED_OP if quantized else _OP, backend, device_type)
     num_splits = 2 if activation.gated else 1
     weights = (gate_up_proj, down_proj)
     if packed:
@@ -182,5 +183,5 @@ def expert_ffn(
         or (down_bias is not None and down_bias.requires_grad)
     ):
         held = (gate_up_proj, down_proj) if quantized else None
-        return autograd.ExpertFFN.apply(*arguments, activation, interleaved, held)
-    return native.expert_ffn(*arguments, *activation.kernel_arguments(), interleaved, gate_up_size, False)[0]
+        return autograd.ExpertFFN.apply(*arguments, activation, interleaved, held, chosen)
+    return autograd.kernels(chosen).expert_ffn(*arguments, *activation.kernel_arguments(), interleaved, gate_up_size, False)[0]

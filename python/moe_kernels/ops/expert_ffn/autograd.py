@@ -7,6 +7,16 @@ from torch.autograd.function import once_differentiable
 from moe_kernels.activation import Activation
 from moe_kernels.ops.expert_ffn import native
 
+
+def kernels(backend: str):
+    """The module whose functions run: native, or their Triton twins, which are imported when first asked for."""
+    if backend == "native":
+        return native
+    from moe_kernels.ops.expert_ffn import triton
+
+    return triton
+
+
 #: positions of the float tensors among the arguments of forward
 _DIFFERENTIABLE = (0, 2, 3, 4, 5, 6)
 
@@ -38,12 +48,13 @@ class ExpertFFN(torch.autograd.Function):
         down_bias: Tensor | None,
         activation: Activation,
         interleaved: bool,
-        quantized=None,
+        quantized,
+        backend: str,
     ) -> Tensor:
         arguments = (*activation.kernel_arguments(), interleaved)
         tensors = (hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, gate_up_bias, down_bias)
         gate_up_size = (quantized[0] if quantized else gate_up_proj).shape[1]
-        out, pre_activation = native.expert_ffn(*tensors, *arguments, gate_up_size, True)
+        out, pre_activation = kernels(backend).expert_ffn(*tensors, *arguments, gate_up_size, True)
         ctx.save_for_backward(
             hidden_states if ctx.needs_input_grad[3] else None,
             topk_ids,
@@ -53,7 +64,7 @@ class ExpertFFN(torch.autograd.Function):
             down_bias,
             pre_activation,
         )
-        ctx.arguments, ctx.quantized = arguments, quantized
+        ctx.arguments, ctx.quantized, ctx.backend = arguments, quantized, backend
         return out
 
     @staticmethod
@@ -64,8 +75,8 @@ class ExpertFFN(torch.autograd.Function):
         if ctx.quantized:
             weights = [held.dequantize(grad_out.dtype) for held in ctx.quantized]
         tensors = (hidden_states, topk_ids, topk_weights, *weights, down_bias, pre_activation)
-        grads = native.expert_ffn_backward(grad_out, *tensors, *ctx.arguments, *asked)
-        in_order: list[Tensor | None] = [None] * 10
+        grads = kernels(ctx.backend).expert_ffn_backward(grad_out, *tensors, *ctx.arguments, *asked)
+        in_order: list[Tensor | None] = [None] * 11
         for position, grad, needed in zip(_DIFFERENTIABLE, grads, asked, strict=True):
             in_order[position] = grad if needed else None
         return tuple(in_order)

@@ -16,6 +16,8 @@ from moe_kernels.ops.grouped_gemm import autograd, native, reference
 from moe_kernels.ops.grouped_gemm.prepacked import PrepackedWeights
 from moe_kernels.ops.quantize.quantized import QuantizedWeights
 
+_QUANTIZED_OP = "grouped_gemm of quantised weights"  # kernels for the CPU alone
+
 
 def grouped_gemm(
     rows: Tensor,
@@ -80,7 +82,7 @@ def grouped_gemm(
         check_same_device(
             "grouped_gemm", rows=rows, expert_weights=expert_weights, expert_offsets=expert_offsets, bias=bias
         )
-    chosen = resolve("grouped_gemm", backend, device_type)
+    chosen = resolve(_QUANTIZED_OP if quantized else "grouped_gemm", backend, device_type)
     if packed:
         check_prepacked("grouped_gemm", "expert_weights", expert_weights, chosen, 1, False, rows, bias)
     elif quantized:
@@ -93,8 +95,8 @@ def grouped_gemm(
         rows.requires_grad or expert_weights.requires_grad or (bias is not None and bias.requires_grad)
     ):
         held = expert_weights if quantized else None
-        return autograd.GroupedGemm.apply(rows, weights, expert_offsets, bias, held)
-    return native.grouped_gemm(rows, weights, expert_offsets, bias, out_features)
+        return autograd.GroupedGemm.apply(rows, weights, expert_offsets, bias, held, chosen)
+    return autograd.kernels(chosen).grouped_gemm(rows, weights, expert_offsets, bias, out_features)
 
 
 def prepack(expert_weights: Tensor, *, num_splits: int = 1, interleaved: bool = False) -> PrepackedWeights:

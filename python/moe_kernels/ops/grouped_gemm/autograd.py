@@ -7,6 +7,15 @@ from torch.autograd.function import once_differentiable
 from moe_kernels.ops.grouped_gemm import native
 
 
+def kernels(backend: str):
+    """The module whose functions run: native, or their Triton twins, which are imported when first asked for."""
+    if backend == "native":
+        return native
+    from moe_kernels.ops.grouped_gemm import triton
+
+    return triton
+
+
 class GroupedGemm(torch.autograd.Function):
     """By expert, ``grad_rows = grad_out @ W[e]``, ``grad_W[e] = grad_out.T @ rows``, ``grad_bias[e] = sum grad_out``.
 
@@ -17,7 +26,7 @@ class GroupedGemm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, rows: Tensor, expert_weights: Tensor, expert_offsets: Tensor, bias: Tensor | None, quantized=None
+        ctx, rows: Tensor, expert_weights: Tensor, expert_offsets: Tensor, bias: Tensor | None, quantized, backend: str
     ) -> Tensor:
         ctx.save_for_backward(
             rows if ctx.needs_input_grad[1] else None,
@@ -25,22 +34,23 @@ class GroupedGemm(torch.autograd.Function):
             expert_offsets,
         )
         ctx.transposed = quantized is None and native.is_transposed(expert_weights)
-        ctx.quantized = quantized
+        ctx.quantized, ctx.backend = quantized, backend
         out_features = (expert_weights if quantized is None else quantized).shape[1]
-        return native.grouped_gemm(rows, expert_weights, expert_offsets, bias, out_features)
+        return kernels(backend).grouped_gemm(rows, expert_weights, expert_offsets, bias, out_features)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: Tensor):
         rows, expert_weights, expert_offsets = ctx.saved_tensors
         grad_rows = grad_weights = grad_bias = None
+        op = kernels(ctx.backend)
         if expert_weights is not None:
             if ctx.quantized is not None:
                 expert_weights = ctx.quantized.dequantize(grad_out.dtype)
             in_features = expert_weights.shape[2]
-            grad_rows = native.grouped_gemm(grad_out, expert_weights.transpose(1, 2), expert_offsets, None, in_features)
+            grad_rows = op.grouped_gemm(grad_out, expert_weights.transpose(1, 2), expert_offsets, None, in_features)
         if rows is not None:
-            grad_weights = native.grouped_gemm_weight_grad(grad_out, rows, expert_offsets, ctx.transposed)
+            grad_weights = op.grouped_gemm_weight_grad(grad_out, rows, expert_offsets, ctx.transposed)
         if ctx.needs_input_grad[3]:
-            grad_bias = native.grouped_gemm_bias_grad(grad_out, expert_offsets)
-        return grad_rows, grad_weights, None, grad_bias, None
+            grad_bias = op.grouped_gemm_bias_grad(grad_out, expert_offsets)
+        return grad_rows, grad_weights, None, grad_bias, None, None
