@@ -60,6 +60,9 @@ class _Collector:
 
 
 class _Utils:
+    def __init__(self, capability: int):
+        self.max_shared = (163 if capability == 80 else 227) * 1024
+
     def load_binary(self, name, kernel, shared, device):
         registers, spills, max_threads = 0, 0, 1024
         return None, None, registers, spills, max_threads
@@ -68,7 +71,7 @@ class _Utils:
         pass
 
     def get_device_properties(self, device):
-        return dict(max_shared_mem=163 * 1024, multiprocessor_count=108, warpSize=32, max_num_regs=65536)
+        return dict(max_shared_mem=self.max_shared, multiprocessor_count=108, warpSize=32, max_num_regs=65536)
 
 
 @functools.cache
@@ -78,7 +81,7 @@ def driver(capability: int = CAPABILITY, launcher: type = _Launcher):
     from triton.backends.driver import DriverBase
 
     class PtxDriver(DriverBase):
-        utils, launcher_cls = _Utils(), launcher
+        utils, launcher_cls = _Utils(capability), launcher
 
         @classmethod
         def is_active(cls):

@@ -136,45 +136,46 @@ def _gate_up_kernel(
     sources = tl.load(source_rows_ptr + rows, mask=inside, other=-1).to(tl.int64)
     columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     steps = tl.arange(0, BLOCK_DEPTH)
-    # columns past the end read the last one again: no mask in the loop
-    gate_rows = tl.minimum(columns, intermediate_size - 1).to(tl.int64) * row_step
+    c_inside = columns < intermediate_size
+    gate_rows = columns.to(tl.int64) * row_step
     x_ptrs = x_ptr + sources[:, None] * x_stride + steps[None, :] * x_hidden_stride
     x_inside = (sources >= 0) & (sources < num_tokens)
     w_ptrs = weights_ptr + expert.to(tl.int64) * weights_expert_stride
     w_ptrs = w_ptrs + gate_rows[None, :] * weights_row_stride + steps[:, None] * weights_hidden_stride
-    up_ptrs = w_ptrs + up_offset.to(tl.int64) * weights_row_stride
+    up_ptrs = w_ptrs + tl.cast(up_offset, tl.int64) * weights_row_stride
     gate = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), ACC)
     up = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), ACC)
     for k in range(0, hidden_size, BLOCK_DEPTH):
         if EVEN:
             x = tl.load(x_ptrs, mask=x_inside[:, None], other=0)
-            w = tl.load(w_ptrs)
+            w = tl.load(w_ptrs, mask=c_inside[None, :], other=0)
         else:
             left = k + steps < hidden_size
             x = tl.load(x_ptrs, mask=x_inside[:, None] & left[None, :], other=0)
-            w = tl.load(w_ptrs, mask=left[:, None], other=0)
+            w = tl.load(w_ptrs, mask=left[:, None] & c_inside[None, :], other=0)
         gate = tl.dot(x, w, gate, input_precision=PRECISION, out_dtype=ACC)
         if GATED:
             if EVEN:
-                w = tl.load(up_ptrs)
+                w = tl.load(up_ptrs, mask=c_inside[None, :], other=0)
             else:
-                w = tl.load(up_ptrs, mask=left[:, None], other=0)
+                w = tl.load(up_ptrs, mask=left[:, None] & c_inside[None, :], other=0)
             up = tl.dot(x, w, up, input_precision=PRECISION, out_dtype=ACC)
             up_ptrs += BLOCK_DEPTH * weights_hidden_stride
         x_ptrs += BLOCK_DEPTH * x_hidden_stride
         w_ptrs += BLOCK_DEPTH * weights_hidden_stride
-    stored = inside[:, None] & (columns < intermediate_size)[None, :]
+    stored = inside[:, None] & c_inside[None, :]
     gate_up_size = intermediate_size * 2 if GATED else intermediate_size
     h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * gate_up_size + (columns * row_step)[None, :]
     bias_ptrs = bias_ptr + expert.to(tl.int64) * bias_expert_stride + gate_rows * bias_row_stride
     if HAS_BIAS:
-        gate += tl.load(bias_ptrs).to(ACC)[None, :]
+        gate += tl.load(bias_ptrs, mask=c_inside, other=0).to(ACC)[None, :]
     if SAVE:
         tl.store(h_ptrs, gate.to(h_ptr.dtype.element_ty), mask=stored)
     a = _at_most(_act(_at_most(gate, GATE_LIMIT), KIND, ALPHA), ACT_LIMIT)
     if GATED:
         if HAS_BIAS:
-            up += tl.load(bias_ptrs + up_offset.to(tl.int64) * bias_row_stride).to(ACC)[None, :]
+            bias_ptrs += tl.cast(up_offset, tl.int64) * bias_row_stride
+            up += tl.load(bias_ptrs, mask=c_inside, other=0).to(ACC)[None, :]
         if SAVE:
             tl.store(h_ptrs + up_offset, up.to(h_ptr.dtype.element_ty), mask=stored)
         a *= _clamped(up, UP_LIMIT) + _constant(UP_ADDEND, up)
@@ -237,16 +238,17 @@ def _grad_act_kernel(
     sources = tl.load(source_rows_ptr + rows, mask=inside, other=-1).to(tl.int64)
     columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     steps = tl.arange(0, BLOCK_DEPTH)
-    read = tl.minimum(columns, intermediate_size - 1).to(tl.int64)
+    c_inside = columns < intermediate_size
     x_ptrs = grad_out_ptr + sources[:, None] * grad_stride + steps[None, :] * grad_hidden_stride
     w_ptrs = weights_ptr + expert.to(tl.int64) * weights_expert_stride
-    w_ptrs = w_ptrs + read[None, :] * weights_column_stride + steps[:, None] * weights_hidden_stride
+    w_ptrs = w_ptrs + columns.to(tl.int64)[None, :] * weights_column_stride
+    w_ptrs = w_ptrs + steps[:, None] * weights_hidden_stride
     grad_a = gemm.multiply(
         x_ptrs, (sources >= 0) & (sources < num_tokens), BLOCK_DEPTH * grad_hidden_stride,
-        w_ptrs, BLOCK_DEPTH * weights_hidden_stride, hidden_size,
+        w_ptrs, c_inside, BLOCK_DEPTH * weights_hidden_stride, hidden_size,
         BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, EVEN, ACC, PRECISION,
     )  # fmt: skip
-    stored = inside[:, None] & (columns < intermediate_size)[None, :]
+    stored = inside[:, None] & c_inside[None, :]
     gate_up_size = intermediate_size * 2 if GATED else intermediate_size
     at = rows.to(tl.int64)[:, None] * gate_up_size + (columns * row_step)[None, :]
     gate = tl.load(h_ptr + at, mask=stored, other=0).to(ACC)
@@ -449,7 +451,8 @@ def expert_ffn_backward(
                 num_rows, num_experts, intermediate_size, hidden_size, grad_out.dtype, gemm.capability_of(grad_out),
                 num_operands=2,
             )  # fmt: skip
-            tiles = tiles._replace(columns=max(tiles.columns, PART))
+            # 64 columns: the epilogue holds six values of each element, 128 columns would spill
+            tiles = tiles._replace(columns=PART)
             _grad_act_kernel[gemm.tile_grid(tiles, num_rows, num_experts, intermediate_size)](
                 grad_out, source_rows, row_weights, down_proj, offsets, pre_activation, grad_h, weighted_a, parts,
                 num_rows, num_tokens, num_experts, intermediate_size, hidden_size, *grad_out.stride(),

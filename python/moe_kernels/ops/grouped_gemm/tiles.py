@@ -48,7 +48,7 @@ def plan_tiles(
         if capability[0] == 9:
             # wgmma multiplies 64 rows at a time, and never fewer: mma.sync may round its sums otherwise
             rows = 64 if rows_per_expert <= 64 else 128
-            wide, warps, stages = (256, 8, 4) if rows == 128 else (128, 4, 4)
+            wide, warps, stages = (256, 8, 3) if rows == 128 else (128, 4, 4)
             tiles = Tiles(rows, wide // num_operands, 64, warps, stages)
         else:
             rows = power_of_2(int(rows_per_expert), 16, 128)

@@ -55,6 +55,7 @@ def multiply(
     x_inside,  # [BLOCK_ROWS]
     x_step,
     w_ptrs,  # [BLOCK_DEPTH, BLOCK_COLUMNS]
+    w_inside,  # [BLOCK_COLUMNS]
     w_step,
     depth,
     BLOCK_ROWS: tl.constexpr,
@@ -70,11 +71,11 @@ def multiply(
     for first in range(0, depth, BLOCK_DEPTH):
         if EVEN:
             x = tl.load(x_ptrs, mask=x_inside[:, None], other=0)
-            w = tl.load(w_ptrs)
+            w = tl.load(w_ptrs, mask=w_inside[None, :], other=0)
         else:
             inside = first + steps < depth
             x = tl.load(x_ptrs, mask=x_inside[:, None] & inside[None, :], other=0)
-            w = tl.load(w_ptrs, mask=inside[:, None], other=0)
+            w = tl.load(w_ptrs, mask=inside[:, None] & w_inside[None, :], other=0)
         sums = tl.dot(x, w, sums, input_precision=PRECISION, out_dtype=ACC)
         x_ptrs += x_step
         w_ptrs += w_step
@@ -120,19 +121,20 @@ def _grouped_gemm_kernel(
     inside = rows < end
     columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     steps = tl.arange(0, BLOCK_DEPTH)
-    # columns past the end read the last one again: no mask in the loop
-    read = tl.minimum(columns, num_columns - 1).to(tl.int64)
+    c_inside = columns < num_columns
     x_ptrs = rows_ptr + rows.to(tl.int64)[:, None] * rows_stride + steps[None, :] * rows_depth_stride
     w_ptrs = weights_ptr + expert.to(tl.int64) * weights_expert_stride
-    w_ptrs = w_ptrs + read[None, :] * weights_column_stride + steps[:, None] * weights_depth_stride
+    w_ptrs = w_ptrs + columns.to(tl.int64)[None, :] * weights_column_stride + steps[:, None] * weights_depth_stride
     x_step, w_step = BLOCK_DEPTH * rows_depth_stride, BLOCK_DEPTH * weights_depth_stride
     sums = multiply(
-        x_ptrs, inside, x_step, w_ptrs, w_step, depth, BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, EVEN, ACC, PRECISION
-    )
+        x_ptrs, inside, x_step, w_ptrs, c_inside, w_step, depth,
+        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, EVEN, ACC, PRECISION,
+    )  # fmt: skip
     if HAS_BIAS:
-        sums += tl.load(bias_ptr + expert.to(tl.int64) * bias_expert_stride + read * bias_column_stride).to(ACC)[None, :]
+        bias_ptrs = bias_ptr + expert.to(tl.int64) * bias_expert_stride + columns * bias_column_stride
+        sums += tl.load(bias_ptrs, mask=c_inside, other=0).to(ACC)[None, :]
     out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
-    tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (columns < num_columns)[None, :])
+    tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=inside[:, None] & c_inside[None, :])
 
 
 @triton.jit
@@ -182,24 +184,26 @@ def _weight_grad_kernel(
     depths = of_group // GROUP * BLOCK_DEPTH + tl.arange(0, BLOCK_DEPTH)
     begin = tl.maximum(tl.load(offsets_ptr + expert), 0)
     end = tl.minimum(tl.load(offsets_ptr + expert + 1), num_rows)
-    left_ptrs = left_ptr + tl.minimum(columns, num_columns - 1).to(tl.int64)[:, None] * left_column_stride
-    right_ptrs = right_ptr + tl.minimum(depths, depth - 1).to(tl.int64)[None, :] * right_depth_stride
+    c_inside, d_inside = columns < num_columns, depths < depth
+    left_ptrs = left_ptr + columns.to(tl.int64)[:, None] * left_column_stride
+    right_ptrs = right_ptr + depths.to(tl.int64)[None, :] * right_depth_stride
     sums = tl.zeros((BLOCK_COLUMNS, BLOCK_DEPTH), ACC)
     for first in range(begin, end, BLOCK_ROWS):
         rows = first + tl.arange(0, BLOCK_ROWS)
         inside = rows < end
-        left = tl.load(left_ptrs + rows.to(tl.int64)[None, :] * left_stride, mask=inside[None, :], other=0)
+        left_at = left_ptrs + rows.to(tl.int64)[None, :] * left_stride
+        left = tl.load(left_at, mask=c_inside[:, None] & inside[None, :], other=0)
         if GATHER:
             sources = tl.load(source_rows_ptr + rows, mask=inside, other=-1).to(tl.int64)
             inside = (sources >= 0) & (sources < num_sources)
         else:
             sources = rows.to(tl.int64)
-        right = tl.load(right_ptrs + sources[:, None] * right_stride, mask=inside[:, None], other=0)
+        right_at = right_ptrs + sources[:, None] * right_stride
+        right = tl.load(right_at, mask=inside[:, None] & d_inside[None, :], other=0)
         sums = tl.dot(left, right, sums, input_precision=PRECISION, out_dtype=ACC)
     out_ptrs = out_ptr + expert.to(tl.int64) * out_expert_stride + columns.to(tl.int64)[:, None] * out_column_stride
     out_ptrs += depths.to(tl.int64)[None, :] * out_depth_stride
-    inside = (columns < num_columns)[:, None] & (depths < depth)[None, :]
-    tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=c_inside[:, None] & d_inside[None, :])
 
 
 @triton.jit
