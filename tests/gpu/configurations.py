@@ -91,7 +91,7 @@ def triton_configurations() -> list[Configuration]:
 
 #: 128-bit accesses of our Triton kernels
 TRITON_KERNELS = {
-    "plan": {"_plan_count_kernel": 0, "_plan_scan_kernel": 0, "_plan_scatter_kernel": 0},
+    "plan": {"_plan_count_kernel": 0, "_plan_scan_kernel": 0, "_plan_offsets_kernel": 0, "_plan_scatter_kernel": 0},
     "permute": {"_permute_kernel": 2},
     "unpermute": {"_unpermute_kernel": 2},
     "unpermute_bwd": {"_unpermute_bwd_kernel": 3},
@@ -108,9 +108,10 @@ def _triton_launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     from moe_kernels.ops.route import triton as route
 
     ids, weights, source_rows = torch.zeros(16, 8, dtype=torch.int32), torch.ones(16, 8), torch.arange(128).int()
+    many_ids = torch.zeros(64, 8, dtype=torch.int32)  # two tiles
     x, rows, logits = torch.zeros(16, 2048, dtype=dtype), torch.zeros(128, 2048, dtype=dtype), torch.zeros(16, 128)
     return {
-        "plan": lambda: permute.plan_dispatch(ids, 128),
+        "plan": lambda: permute.plan_dispatch(many_ids, 128),
         "permute": lambda: permute.permute(x, source_rows),
         "unpermute": lambda: permute.unpermute(rows, source_rows.view(16, 8), weights),
         "unpermute_bwd": lambda: permute.unpermute_backward(x, rows, weights, source_rows, source_rows.view(16, 8)),

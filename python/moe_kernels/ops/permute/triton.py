@@ -12,6 +12,7 @@ from torch import Tensor
 TILE = 256  # pairs that one program ranks by comparing each with each
 CHUNK = 32
 BLOCK_EXPERTS = 128
+SCAN_TILES, SCAN_EXPERTS = 64, 16  # of one step of the scan
 MAX_BLOCK_HIDDEN = 2048  # columns of one program
 
 
@@ -47,29 +48,41 @@ def _plan_count_kernel(
 
 @triton.jit
 def _plan_scan_kernel(
-    tile_rows_ptr,  # [num_tiles, num_experts]: counts in, first rows out
-    offsets_ptr,  # [num_experts + 1]
+    tile_rows_ptr,  # [num_tiles, num_experts]: counts in; out: the expert's pairs in the tiles before
+    counts_ptr,  # [num_experts]
     num_tiles,
+    num_experts,
+    BLOCK_TILES: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr,
+):
+    """Running counts of each expert over the tiles. One program for a block of experts, many tiles at a time."""
+    experts = tl.program_id(0) * BLOCK_EXPERTS + tl.arange(0, BLOCK_EXPERTS)
+    inside = experts < num_experts
+    before = tl.zeros((BLOCK_EXPERTS,), tl.int32)
+    for first in range(0, num_tiles, BLOCK_TILES):
+        tiles = first + tl.arange(0, BLOCK_TILES)
+        at = tile_rows_ptr + tiles.to(tl.int64)[:, None] * num_experts + experts[None, :]
+        known = (tiles < num_tiles)[:, None] & inside[None, :]
+        in_tile = tl.load(at, mask=known, other=0)
+        tl.store(at, before[None, :] + tl.cumsum(in_tile, 0) - in_tile, mask=known)
+        before += tl.sum(in_tile, 0)
+    tl.store(counts_ptr + experts, before, mask=inside)
+
+
+@triton.jit
+def _plan_offsets_kernel(
+    offsets_ptr,  # [num_experts + 1]: in: counts, from the second on
     num_experts,
     BLOCK_EXPERTS: tl.constexpr,
 ):
-    """expert_offsets, and tile_rows[tile, e] = first permuted row of the tile's pairs of e. One program."""
+    """Counts to offsets. One program."""
+    tl.store(offsets_ptr, 0)
     base = tl.zeros((), tl.int32)
     for first in range(0, num_experts, BLOCK_EXPERTS):
         experts = first + tl.arange(0, BLOCK_EXPERTS)
-        inside = experts < num_experts
-        counts = tl.zeros((BLOCK_EXPERTS,), tl.int32)
-        for tile in range(num_tiles):
-            counts += tl.load(tile_rows_ptr + tl.cast(tile, tl.int64) * num_experts + experts, mask=inside, other=0)
-        rows = base + tl.cumsum(counts, 0) - counts
+        counts = tl.load(offsets_ptr + 1 + experts, mask=experts < num_experts, other=0)
+        tl.store(offsets_ptr + 1 + experts, base + tl.cumsum(counts, 0), mask=experts < num_experts)
         base += tl.sum(counts, 0)
-        tl.store(offsets_ptr + experts, rows, mask=inside)
-        for tile in range(num_tiles):
-            at = tile_rows_ptr + tl.cast(tile, tl.int64) * num_experts + experts
-            in_tile = tl.load(at, mask=inside, other=0)
-            tl.store(at, rows, mask=inside)
-            rows += in_tile
-    tl.store(offsets_ptr + num_experts, base)
 
 
 @triton.jit
@@ -86,8 +99,9 @@ def _plan_scatter_kernel(
     slot_stride,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
+    ONE_TILE: tl.constexpr,
 ):
-    """Row of each pair = first row of its tile and expert + its rank there. One program for each tile."""
+    """Row of each pair = first row of its expert + pairs of the tiles before + its rank. One program for each tile."""
     tile = tl.program_id(0)
     places = tl.arange(0, TILE)
     pairs = tile * TILE + places
@@ -102,7 +116,9 @@ def _plan_scatter_kernel(
         before = (ids[:, None] == other_ids[None, :]) & (others[None, :] < places[:, None])
         ranks += tl.sum(before.to(tl.int32), axis=1)
     owned = ids >= 0
-    rows = tl.load(tile_rows_ptr + tile.to(tl.int64) * num_experts + ids, mask=owned, other=0) + ranks
+    rows = tl.load(offsets_ptr + ids, mask=owned, other=0) + ranks
+    if not ONE_TILE:
+        rows += tl.load(tile_rows_ptr + tile.to(tl.int64) * num_experts + ids, mask=owned, other=0)
     tl.store(permuted_rows_ptr + pairs, tl.where(owned, rows, -1), mask=inside)
     tl.store(source_rows_ptr + rows, pairs // top_k, mask=owned)
     num_permuted = tl.load(offsets_ptr + num_experts)
@@ -211,16 +227,24 @@ def plan_dispatch(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
     offsets = topk_ids.new_empty(num_experts + 1, dtype=torch.int32)
     source_rows = topk_ids.new_empty(num_pairs, dtype=torch.int32)
     permuted_rows = topk_ids.new_empty((num_tokens, top_k), dtype=torch.int32)
-    tile_rows = topk_ids.new_empty((num_tiles, num_experts), dtype=torch.int32)
+    if num_pairs == 0 or num_experts == 0:
+        return offsets.zero_(), source_rows.fill_(-1), permuted_rows.fill_(-1)
     sizes = (num_pairs, num_experts, top_k, *topk_ids.stride())
+    # the counts of one tile are the experts' counts: nothing to scan
+    one_tile, counts = num_tiles == 1, offsets[1:]
+    tile_rows = counts if one_tile else topk_ids.new_empty((num_tiles, num_experts), dtype=torch.int32)
     with torch.cuda.device_of(topk_ids):
-        if num_pairs > 0 and num_experts > 0:
-            grid = (num_tiles, triton.cdiv(num_experts, BLOCK_EXPERTS))
-            _plan_count_kernel[grid](topk_ids, tile_rows, *sizes, TILE=TILE, BLOCK_EXPERTS=BLOCK_EXPERTS)
-        _plan_scan_kernel[(1,)](tile_rows, offsets, num_tiles, num_experts, BLOCK_EXPERTS=BLOCK_EXPERTS)
-        if num_pairs > 0:
-            arguments = (topk_ids, tile_rows, offsets, source_rows, permuted_rows, *sizes)
-            _plan_scatter_kernel[(num_tiles,)](*arguments, TILE=TILE, CHUNK=CHUNK)
+        grid = (num_tiles, triton.cdiv(num_experts, BLOCK_EXPERTS))
+        _plan_count_kernel[grid](topk_ids, tile_rows, *sizes, TILE=TILE, BLOCK_EXPERTS=BLOCK_EXPERTS)
+        if not one_tile:
+            _plan_scan_kernel[(triton.cdiv(num_experts, SCAN_EXPERTS),)](
+                tile_rows, counts, num_tiles, num_experts, BLOCK_TILES=SCAN_TILES, BLOCK_EXPERTS=SCAN_EXPERTS
+            )
+        block = triton.next_power_of_2(min(num_experts, 1024))
+        _plan_offsets_kernel[(1,)](offsets, num_experts, BLOCK_EXPERTS=block)
+        _plan_scatter_kernel[(num_tiles,)](
+            topk_ids, tile_rows, offsets, source_rows, permuted_rows, *sizes, TILE=TILE, CHUNK=CHUNK, ONE_TILE=one_tile
+        )
     return offsets, source_rows, permuted_rows
 
 
