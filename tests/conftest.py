@@ -10,13 +10,16 @@ from moe_kernels import _dispatch
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
-#: what a test file runs its kernels on, unless it has a KERNELS of its own; each is compared with the float64 reference
+#: what a test file runs its kernels on, unless it has a KERNELS of its own; each is compared with the float64 reference.
+#: Tests marked on_gpus run on the file's GPU_KERNELS too
 KERNELS = ["native-cpu"]
 
 
 def pytest_generate_tests(metafunc):
     if "kernel_id" in metafunc.fixturenames:
         kernels = getattr(metafunc.module, "KERNELS", KERNELS)
+        if metafunc.definition.get_closest_marker("on_gpus"):
+            kernels = [*kernels, *metafunc.module.GPU_KERNELS]
         if metafunc.definition.get_closest_marker("with_reference"):
             kernels = ["reference-cpu", *kernels]
         metafunc.parametrize("kernel_id", kernels)

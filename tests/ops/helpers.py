@@ -13,6 +13,11 @@ DTYPES = [*LOW_DTYPES, torch.float64]
 SLOW = ("triton-cpu", "native-ptx", "triton-ptx")
 
 
+def seeded(seed: int) -> torch.Generator:
+    """For tensors of the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def leaf(tensor: Tensor | None) -> Tensor | None:
     """A copy with the same strides that collects a gradient (float tensors)."""
     if tensor is None:
@@ -67,7 +72,7 @@ def small_integers(tensor: Tensor, generator: torch.Generator) -> Tensor:
 
 def check_exact(op: Callable, tensors: list[Tensor | None], backend: str) -> None:
     """Forward and every gradient of integer-valued ``tensors``: the float64 reference, rounded once, bit for bit."""
-    generator = torch.Generator().manual_seed(1)
+    generator = seeded(1)
     with torch.no_grad():
         shape = op(*tensors, backend="reference")
     grad_out = small_integers(torch.empty(shape.shape, dtype=torch.float64), generator)

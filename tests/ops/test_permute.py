@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from moe_kernels import DispatchPlan, permute, plan_dispatch, unpermute
 from moe_kernels.ops.permute import native
 from moe_kernels.testing import random_routing
-from tests.ops.helpers import DTYPES, SLOW, check, strided
+from tests.ops.helpers import DTYPES, SLOW, check, seeded, strided
 
 OP = "permute"
 KERNELS = ["native-cpu", "native-simt", "native-ptx", "native-cuda", "triton-cpu", "triton-ptx", "triton-cuda"]
@@ -204,7 +204,7 @@ def test_checkpoint(backend, use_reentrant):
     plan = plan_dispatch(topk_ids, 4)
     results = []
     for recompute in (False, True):
-        rows, weights = torch.randn(18, 6, generator=torch.Generator().manual_seed(0)), topk_weights.clone()
+        rows, weights = torch.randn(18, 6, generator=seeded(0)), topk_weights.clone()
         rows.requires_grad_(), weights.requires_grad_()
         op = lambda rows, weights: unpermute(rows.sin(), plan, weights, backend=backend)  # noqa: E731
         out = checkpoint(op, rows, weights, use_reentrant=use_reentrant) if recompute else op(rows, weights)

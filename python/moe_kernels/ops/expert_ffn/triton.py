@@ -165,7 +165,8 @@ def _gate_up_kernel(
         w_ptrs += BLOCK_DEPTH * weights_hidden_stride
     stored = inside[:, None] & c_inside[None, :]
     gate_up_size = intermediate_size * 2 if GATED else intermediate_size
-    h_ptrs = h_ptr + rows.to(tl.int64)[:, None] * gate_up_size + (columns * row_step)[None, :]
+    in_tile = tl.arange(0, BLOCK_ROWS)[:, None]  # 32-bit offsets from the tile's first row: half the registers
+    h_ptrs = h_ptr + first.to(tl.int64) * gate_up_size + (in_tile * gate_up_size + (columns * row_step)[None, :])
     bias_ptrs = bias_ptr + expert.to(tl.int64) * bias_expert_stride + gate_rows * bias_row_stride
     if HAS_BIAS:
         gate += tl.load(bias_ptrs, mask=c_inside, other=0).to(ACC)[None, :]
@@ -179,7 +180,7 @@ def _gate_up_kernel(
         if SAVE:
             tl.store(h_ptrs + up_offset, up.to(h_ptr.dtype.element_ty), mask=stored)
         a *= _clamped(up, UP_LIMIT) + _constant(UP_ADDEND, up)
-    a_ptrs = a_ptr + rows.to(tl.int64)[:, None] * intermediate_size + columns[None, :]
+    a_ptrs = a_ptr + first.to(tl.int64) * intermediate_size + (in_tile * intermediate_size + columns[None, :])
     tl.store(a_ptrs, a.to(a_ptr.dtype.element_ty), mask=stored)
 
 
@@ -250,7 +251,10 @@ def _grad_act_kernel(
     )  # fmt: skip
     stored = inside[:, None] & c_inside[None, :]
     gate_up_size = intermediate_size * 2 if GATED else intermediate_size
-    at = rows.to(tl.int64)[:, None] * gate_up_size + (columns * row_step)[None, :]
+    in_tile = tl.arange(0, BLOCK_ROWS)[:, None]  # 32-bit offsets from the tile's first row: half the registers
+    h_ptr += first.to(tl.int64) * gate_up_size
+    grad_h_ptr += first.to(tl.int64) * gate_up_size
+    at = in_tile * gate_up_size + (columns * row_step)[None, :]
     gate = tl.load(h_ptr + at, mask=stored, other=0).to(ACC)
     x = _at_most(gate, GATE_LIMIT)
     y = _act(x, KIND, ALPHA)
@@ -268,8 +272,9 @@ def _grad_act_kernel(
         tl.store(part_ptrs, tl.sum(products, 2), mask=inside[:, None] & (parts < num_parts)[None, :])
     weights = tl.load(row_weights_ptr + rows, mask=inside, other=0)[:, None]
     if WEIGHTED_A:
-        at_a = rows.to(tl.int64)[:, None] * intermediate_size + columns[None, :]
-        tl.store(weighted_a_ptr + at_a, (weights * a * factor).to(weighted_a_ptr.dtype.element_ty), mask=stored)
+        a_ptrs = weighted_a_ptr + first.to(tl.int64) * intermediate_size
+        a_ptrs = a_ptrs + (in_tile * intermediate_size + columns[None, :])
+        tl.store(a_ptrs, (weights * a * factor).to(weighted_a_ptr.dtype.element_ty), mask=stored)
     if GRAD_H:
         grad_a *= weights
         derivative = _act_derivative(x, KIND, ALPHA)

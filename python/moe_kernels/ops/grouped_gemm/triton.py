@@ -133,7 +133,8 @@ def _grouped_gemm_kernel(
     if HAS_BIAS:
         bias_ptrs = bias_ptr + expert.to(tl.int64) * bias_expert_stride + columns * bias_column_stride
         sums += tl.load(bias_ptrs, mask=c_inside, other=0).to(ACC)[None, :]
-    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
+    in_tile = tl.arange(0, BLOCK_ROWS)[:, None]  # 32-bit offsets from the tile's first row: half the registers
+    out_ptrs = out_ptr + first.to(tl.int64) * num_columns + (in_tile * num_columns + columns[None, :])
     tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=inside[:, None] & c_inside[None, :])
 
 
