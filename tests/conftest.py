@@ -10,8 +10,8 @@ from moe_kernels import _dispatch
 torch.use_deterministic_algorithms(True, warn_only=True)
 torch.utils.deterministic.fill_uninitialized_memory = True
 
-#: what a test file runs its kernels on, unless it has a KERNELS of its own; each is compared with the float64 reference.
-#: Tests marked on_gpus run on the file's GPU_KERNELS too
+#: what a test file runs its kernels on, unless it has a KERNELS of its own; each is compared with the float64
+#: reference. Tests marked on_gpus run on the file's GPU_KERNELS too
 KERNELS = ["native-cpu"]
 
 

@@ -184,4 +184,5 @@ def expert_ffn(
     ):
         held = (gate_up_proj, down_proj) if quantized else None
         return autograd.ExpertFFN.apply(*arguments, activation, interleaved, held, chosen)
-    return autograd.kernels(chosen).expert_ffn(*arguments, *activation.kernel_arguments(), interleaved, gate_up_size, False)[0]
+    arguments = (*arguments, *activation.kernel_arguments(), interleaved, gate_up_size, False)
+    return autograd.kernels(chosen).expert_ffn(*arguments)[0]

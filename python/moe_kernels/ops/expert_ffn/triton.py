@@ -16,7 +16,7 @@ from torch import Tensor
 from moe_kernels.activation import KINDS
 from moe_kernels.ops.grouped_gemm import triton as gemm
 from moe_kernels.ops.grouped_gemm.native import is_transposed, new_weight_grad
-from moe_kernels.ops.grouped_gemm.tiles import Tiles, plan_tiles, power_of_2
+from moe_kernels.ops.grouped_gemm.tiles import plan_tiles, power_of_2
 from moe_kernels.ops.permute import triton as permutation
 
 SILU, GELU, GELU_TANH, RELU, RELU2 = (tl.constexpr(KINDS.index(kind)) for kind in KINDS)

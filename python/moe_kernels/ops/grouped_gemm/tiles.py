@@ -58,9 +58,7 @@ def plan_tiles(
         tiles = Tiles(power_of_2(int(rows_per_expert), 16, 64), 64 // num_operands, 32, 4, 2)
     else:
         tiles = Tiles(16, 32 // num_operands, 16, 4, 1)
-    return tiles._replace(
-        columns=power_of_2(columns, 16, tiles.columns), depth=power_of_2(depth, 16, tiles.depth)
-    )
+    return tiles._replace(columns=power_of_2(columns, 16, tiles.columns), depth=power_of_2(depth, 16, tiles.depth))
 
 
 def num_tiles(num_pairs: int, num_experts: int, rows: int) -> int:

@@ -174,7 +174,7 @@ def _weight_grad_kernel(
     BLOCK_ROWS: tl.constexpr,  # summed at a time
     GROUP: tl.constexpr,
 ):
-    """out[e] = sum over e's rows of left[r] (outer) right[r], in rising order of r. One program for a block of out[e]."""
+    """out[e] = sum over e's rows of left[r] (outer) right[r], in order. One program for a block of out[e]."""
     expert = tl.program_id(1)
     num_column_blocks, num_depth_blocks = tl.cdiv(num_columns, BLOCK_COLUMNS), tl.cdiv(depth, BLOCK_DEPTH)
     of_group = tl.program_id(0) % (GROUP * num_depth_blocks)
@@ -313,10 +313,8 @@ def grouped_gemm(
     return out
 
 
-def weight_grad(
-    left: Tensor, right: Tensor, source_rows: Tensor | None, expert_offsets: Tensor, out: Tensor
-) -> Tensor:
-    """``out[e] = sum over e's rows of left[r] (outer) right[r]``, with right's rows picked by ``source_rows`` if given."""
+def weight_grad(left: Tensor, right: Tensor, source_rows: Tensor | None, expert_offsets: Tensor, out: Tensor) -> Tensor:
+    """``out[e] = sum over e's rows of left[r] (outer) right[r]``; ``source_rows``, if given, picks right's rows."""
     num_rows, num_columns = left.shape
     num_sources, depth = right.shape
     num_experts = out.shape[0]
