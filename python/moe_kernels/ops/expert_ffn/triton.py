@@ -115,6 +115,7 @@ def _gate_up_kernel(
     UP_ADDEND: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SAVE: tl.constexpr,
+    CHUNK: tl.constexpr,
     EVEN: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -137,32 +138,24 @@ def _gate_up_kernel(
     columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     steps = tl.arange(0, BLOCK_DEPTH)
     c_inside = columns < intermediate_size
-    gate_rows = columns.to(tl.int64) * row_step
     x_ptrs = x_ptr + sources[:, None] * x_stride + steps[None, :] * x_hidden_stride
     x_inside = (sources >= 0) & (sources < num_tokens)
+    # gate and up are one product: columns of the gate, then as many of up
+    NUM_PARTS: tl.constexpr = 2 if GATED else 1
+    both = tl.arange(0, NUM_PARTS * BLOCK_COLUMNS)
+    both_columns = column_block * BLOCK_COLUMNS + both % BLOCK_COLUMNS
+    weight_rows = both_columns.to(tl.int64) * row_step + (both // BLOCK_COLUMNS).to(tl.int64) * up_offset
     w_ptrs = weights_ptr + expert.to(tl.int64) * weights_expert_stride
-    w_ptrs = w_ptrs + gate_rows[None, :] * weights_row_stride + steps[:, None] * weights_hidden_stride
-    up_ptrs = w_ptrs + tl.cast(up_offset, tl.int64) * weights_row_stride
-    gate = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), ACC)
-    up = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), ACC)
-    for k in range(0, hidden_size, BLOCK_DEPTH):
-        if EVEN:
-            x = tl.load(x_ptrs, mask=x_inside[:, None], other=0)
-            w = tl.load(w_ptrs, mask=c_inside[None, :], other=0)
-        else:
-            left = k + steps < hidden_size
-            x = tl.load(x_ptrs, mask=x_inside[:, None] & left[None, :], other=0)
-            w = tl.load(w_ptrs, mask=left[:, None] & c_inside[None, :], other=0)
-        gate = tl.dot(x, w, gate, input_precision=PRECISION, out_dtype=ACC)
-        if GATED:
-            if EVEN:
-                w = tl.load(up_ptrs, mask=c_inside[None, :], other=0)
-            else:
-                w = tl.load(up_ptrs, mask=left[:, None] & c_inside[None, :], other=0)
-            up = tl.dot(x, w, up, input_precision=PRECISION, out_dtype=ACC)
-            up_ptrs += BLOCK_DEPTH * weights_hidden_stride
-        x_ptrs += BLOCK_DEPTH * x_hidden_stride
-        w_ptrs += BLOCK_DEPTH * weights_hidden_stride
+    w_ptrs = w_ptrs + weight_rows[None, :] * weights_row_stride + steps[:, None] * weights_hidden_stride
+    product = gemm.multiply(
+        x_ptrs, x_inside, x_hidden_stride, w_ptrs, both_columns < intermediate_size, weights_hidden_stride, hidden_size,
+        BLOCK_ROWS, NUM_PARTS * BLOCK_COLUMNS, BLOCK_DEPTH, CHUNK, EVEN, ACC, PRECISION,
+    )  # fmt: skip
+    if GATED:
+        gate, up = tl.split(tl.permute(tl.reshape(product, (BLOCK_ROWS, 2, BLOCK_COLUMNS)), (0, 2, 1)))
+    else:
+        gate = product
+    gate_rows = columns.to(tl.int64) * row_step
     stored = inside[:, None] & c_inside[None, :]
     gate_up_size = intermediate_size * 2 if GATED else intermediate_size
     in_tile = tl.arange(0, BLOCK_ROWS)[:, None]  # 32-bit offsets from the tile's first row: half the registers
@@ -218,6 +211,7 @@ def _grad_act_kernel(
     WEIGHTED_A: tl.constexpr,
     PARTS: tl.constexpr,
     PART: tl.constexpr,
+    CHUNK: tl.constexpr,
     EVEN: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -245,9 +239,9 @@ def _grad_act_kernel(
     w_ptrs = w_ptrs + columns.to(tl.int64)[None, :] * weights_column_stride
     w_ptrs = w_ptrs + steps[:, None] * weights_hidden_stride
     grad_a = gemm.multiply(
-        x_ptrs, (sources >= 0) & (sources < num_tokens), BLOCK_DEPTH * grad_hidden_stride,
-        w_ptrs, c_inside, BLOCK_DEPTH * weights_hidden_stride, hidden_size,
-        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, EVEN, ACC, PRECISION,
+        x_ptrs, (sources >= 0) & (sources < num_tokens), grad_hidden_stride,
+        w_ptrs, c_inside, weights_hidden_stride, hidden_size,
+        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, CHUNK, EVEN, ACC, PRECISION,
     )  # fmt: skip
     stored = inside[:, None] & c_inside[None, :]
     gate_up_size = intermediate_size * 2 if GATED else intermediate_size

@@ -46,10 +46,10 @@ def plan_tiles(
     rows_per_expert = num_pairs / max(min(num_experts, num_pairs), 1)
     if dtype in (torch.bfloat16, torch.float16):
         if capability[0] == 9:
-            # wgmma multiplies 64 rows at a time, and never fewer: mma.sync may round its sums otherwise
-            rows = 64 if rows_per_expert <= 64 else 128
-            wide, warps, stages = (256, 8, 3) if rows == 128 else (128, 4, 4)
-            tiles = Tiles(rows, wide // num_operands, 64, warps, stages)
+            # measured on an H200; below 64 rows mma.sync multiplies instead of wgmma, with the same bits
+            rows = power_of_2(int(rows_per_expert), 16, 128)
+            wide, warps = (256, 8) if rows == 128 else (128, 4)
+            tiles = Tiles(rows, wide // num_operands, 64, warps, 4)
         else:
             rows = power_of_2(int(rows_per_expert), 16, 128)
             warps = 8 if rows == 128 else 4
@@ -58,6 +58,18 @@ def plan_tiles(
         tiles = Tiles(power_of_2(int(rows_per_expert), 16, 64), 64 // num_operands, 32, 4, 2)
     else:
         tiles = Tiles(16, 32 // num_operands, 16, 4, 1)
+    return tiles._replace(columns=power_of_2(columns, 16, tiles.columns), depth=power_of_2(depth, 16, tiles.depth))
+
+
+def plan_weight_grad_tiles(columns: int, depth: int, dtype: torch.dtype, capability: tuple[int, int]) -> Tiles:
+    """Tiles of ``out[expert] = left.T @ right`` over the expert's rows: ``columns`` of left by ``depth`` of right,
+    summed ``rows`` at a time."""
+    if dtype in (torch.bfloat16, torch.float16):
+        tiles = Tiles(64, 128, 256, 8, 3) if capability[0] == 9 else Tiles(32, 128, 128, 8, 3)
+    elif dtype == torch.float32:
+        tiles = Tiles(32, 64, 64, 4, 2)
+    else:
+        tiles = Tiles(16, 32, 32, 4, 1)
     return tiles._replace(columns=power_of_2(columns, 16, tiles.columns), depth=power_of_2(depth, 16, tiles.depth))
 
 

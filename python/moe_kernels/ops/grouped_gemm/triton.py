@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.ops.grouped_gemm.native import new_weight_grad
-from moe_kernels.ops.grouped_gemm.tiles import Tiles, num_tiles, plan_tiles, power_of_2
+from moe_kernels.ops.grouped_gemm.tiles import Tiles, num_tiles, plan_tiles, plan_weight_grad_tiles, power_of_2
 
 GROUP = 8  # tiles that share each block of weights while it lies in L2
 BIAS_ROWS = 32
@@ -50,24 +50,11 @@ def find_tile(
 
 
 @triton.jit
-def multiply(
-    x_ptrs,  # [BLOCK_ROWS, BLOCK_DEPTH], of the first step
-    x_inside,  # [BLOCK_ROWS]
-    x_step,
-    w_ptrs,  # [BLOCK_DEPTH, BLOCK_COLUMNS]
-    w_inside,  # [BLOCK_COLUMNS]
-    w_step,
-    depth,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr,
-    EVEN: tl.constexpr,  # depth is a multiple of BLOCK_DEPTH
-    ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """x @ w over the whole depth."""
+def _multiply_part(
+    x_ptrs, x_inside, x_step, w_ptrs, w_inside, w_step, depth, sums,
+    BLOCK_DEPTH: tl.constexpr, EVEN: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     steps = tl.arange(0, BLOCK_DEPTH)
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), ACC)
     for first in range(0, depth, BLOCK_DEPTH):
         if EVEN:
             x = tl.load(x_ptrs, mask=x_inside[:, None], other=0)
@@ -79,6 +66,42 @@ def multiply(
         sums = tl.dot(x, w, sums, input_precision=PRECISION, out_dtype=ACC)
         x_ptrs += x_step
         w_ptrs += w_step
+    return sums
+
+
+@triton.jit
+def multiply(
+    x_ptrs,  # [BLOCK_ROWS, BLOCK_DEPTH], of the first step
+    x_inside,  # [BLOCK_ROWS]
+    x_stride,  # of the depth
+    w_ptrs,  # [BLOCK_DEPTH, BLOCK_COLUMNS]
+    w_inside,  # [BLOCK_COLUMNS]
+    w_stride,
+    depth,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr,
+    CHUNK: tl.constexpr,  # depth that is summed by itself first; 0: all
+    EVEN: tl.constexpr,  # depth is a multiple of BLOCK_DEPTH
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """x @ w over the whole depth."""
+    x_step, w_step = BLOCK_DEPTH * x_stride, BLOCK_DEPTH * w_stride
+    sums = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), ACC)
+    if CHUNK == 0:
+        sums = _multiply_part(
+            x_ptrs, x_inside, x_step, w_ptrs, w_inside, w_step, depth, sums, BLOCK_DEPTH, EVEN, ACC, PRECISION
+        )
+    else:
+        for first in range(0, depth, CHUNK):
+            left = tl.minimum(depth - first, CHUNK)
+            part = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), ACC)
+            sums += _multiply_part(
+                x_ptrs, x_inside, x_step, w_ptrs, w_inside, w_step, left, part, BLOCK_DEPTH, EVEN, ACC, PRECISION
+            )
+            x_ptrs += CHUNK * x_stride
+            w_ptrs += CHUNK * w_stride
     return sums
 
 
@@ -101,6 +124,7 @@ def _grouped_gemm_kernel(
     bias_expert_stride,
     bias_column_stride,
     HAS_BIAS: tl.constexpr,
+    CHUNK: tl.constexpr,
     EVEN: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -125,10 +149,9 @@ def _grouped_gemm_kernel(
     x_ptrs = rows_ptr + rows.to(tl.int64)[:, None] * rows_stride + steps[None, :] * rows_depth_stride
     w_ptrs = weights_ptr + expert.to(tl.int64) * weights_expert_stride
     w_ptrs = w_ptrs + columns.to(tl.int64)[None, :] * weights_column_stride + steps[:, None] * weights_depth_stride
-    x_step, w_step = BLOCK_DEPTH * rows_depth_stride, BLOCK_DEPTH * weights_depth_stride
     sums = multiply(
-        x_ptrs, inside, x_step, w_ptrs, c_inside, w_step, depth,
-        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, EVEN, ACC, PRECISION,
+        x_ptrs, inside, rows_depth_stride, w_ptrs, c_inside, weights_depth_stride, depth,
+        BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, CHUNK, EVEN, ACC, PRECISION,
     )  # fmt: skip
     if HAS_BIAS:
         bias_ptrs = bias_ptr + expert.to(tl.int64) * bias_expert_stride + columns * bias_column_stride
@@ -167,6 +190,7 @@ def _weight_grad_kernel(
     out_column_stride,
     out_depth_stride,
     GATHER: tl.constexpr,
+    CHUNK: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -189,9 +213,14 @@ def _weight_grad_kernel(
     left_ptrs = left_ptr + columns.to(tl.int64)[:, None] * left_column_stride
     right_ptrs = right_ptr + depths.to(tl.int64)[None, :] * right_depth_stride
     sums = tl.zeros((BLOCK_COLUMNS, BLOCK_DEPTH), ACC)
+    total = tl.zeros((BLOCK_COLUMNS, BLOCK_DEPTH), ACC)
     for first in range(begin, end, BLOCK_ROWS):
         rows = first + tl.arange(0, BLOCK_ROWS)
         inside = rows < end
+        if CHUNK > 0:
+            full = (first - begin) % CHUNK == 0
+            total = tl.where(full, total + sums, total)
+            sums = tl.where(full, 0, sums)
         left_at = left_ptrs + rows.to(tl.int64)[None, :] * left_stride
         left = tl.load(left_at, mask=c_inside[:, None] & inside[None, :], other=0)
         if GATHER:
@@ -204,6 +233,8 @@ def _weight_grad_kernel(
         sums = tl.dot(left, right, sums, input_precision=PRECISION, out_dtype=ACC)
     out_ptrs = out_ptr + expert.to(tl.int64) * out_expert_stride + columns.to(tl.int64)[:, None] * out_column_stride
     out_ptrs += depths.to(tl.int64)[None, :] * out_depth_stride
+    if CHUNK > 0:
+        sums += total
     tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=c_inside[:, None] & d_inside[None, :])
 
 
@@ -263,6 +294,12 @@ def dot_precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
+def chunk_of(dtype: torch.dtype) -> int:
+    """Products summed by themselves before they join the rest: one chain of float32 sums over thousands of products
+    errs more than PyTorch's own, which are split. A product of 16-bit numbers has errors of its own that drown it."""
+    return 0 if dtype in (torch.bfloat16, torch.float16) else 256
+
+
 def block_experts(num_experts: int) -> int:
     return triton.next_power_of_2(max(num_experts, 1))
 
@@ -270,7 +307,7 @@ def block_experts(num_experts: int) -> int:
 def tile_arguments(tiles: Tiles, num_experts: int, depth: int, tensor: Tensor) -> dict:
     """The constants that every kernel of tiles takes."""
     return dict(
-        EVEN=depth % tiles.depth == 0, ACC=acc_dtype(tensor), PRECISION=dot_precision(),
+        CHUNK=chunk_of(tensor.dtype), EVEN=depth % tiles.depth == 0, ACC=acc_dtype(tensor), PRECISION=dot_precision(),
         BLOCK_EXPERTS=block_experts(num_experts), BLOCK_ROWS=tiles.rows, BLOCK_COLUMNS=tiles.columns,
         BLOCK_DEPTH=tiles.depth, GROUP=GROUP, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
@@ -319,21 +356,14 @@ def weight_grad(left: Tensor, right: Tensor, source_rows: Tensor | None, expert_
     num_sources, depth = right.shape
     num_experts = out.shape[0]
     if out.numel() > 0:
-        if left.dtype in (torch.bfloat16, torch.float16):
-            wide = capability_of(left)[0] == 9
-            tiles = Tiles(64, 128, 256 if wide else 128, 8, 3) if wide else Tiles(32, 128, 128, 8, 3)
-        elif left.dtype == torch.float32:
-            tiles = Tiles(32, 64, 64, 4, 2)
-        else:
-            tiles = Tiles(16, 32, 32, 4, 1)
-        columns, depths = power_of_2(num_columns, 16, tiles.columns), power_of_2(depth, 16, tiles.depth)
-        blocks = triton.cdiv(triton.cdiv(num_columns, columns), GROUP) * GROUP * triton.cdiv(depth, depths)
+        tiles = plan_weight_grad_tiles(num_columns, depth, left.dtype, capability_of(left))
+        blocks = triton.cdiv(triton.cdiv(num_columns, tiles.columns), GROUP) * GROUP * triton.cdiv(depth, tiles.depth)
         with torch.cuda.device_of(left):
             _weight_grad_kernel[(blocks, num_experts)](
                 left, right, expert_offsets if source_rows is None else source_rows, expert_offsets, out, num_rows,
                 num_sources, num_columns, depth, *left.stride(), *right.stride(), *out.stride(),
-                GATHER=source_rows is not None, ACC=acc_dtype(left), PRECISION=dot_precision(), BLOCK_COLUMNS=columns,
-                BLOCK_DEPTH=depths, BLOCK_ROWS=tiles.rows, GROUP=GROUP, num_warps=tiles.num_warps,
+                GATHER=source_rows is not None, CHUNK=chunk_of(left.dtype), ACC=acc_dtype(left), PRECISION=dot_precision(), BLOCK_COLUMNS=tiles.columns,
+                BLOCK_DEPTH=tiles.depth, BLOCK_ROWS=tiles.rows, GROUP=GROUP, num_warps=tiles.num_warps,
                 num_stages=tiles.num_stages,
             )  # fmt: skip
     return out
