@@ -178,6 +178,68 @@ def _gate_up_kernel(
 
 
 @triton.jit
+def _store_grads(
+    grad_a,  # [BLOCK_ROWS, PART]
+    weights,  # [BLOCK_ROWS, 1]
+    inside,  # [BLOCK_ROWS]
+    part,  # of the columns
+    h_ptr,  # this and the others: of the tile's first row
+    grad_h_ptr,
+    weighted_a_ptr,
+    parts_ptr,
+    intermediate_size,
+    up_offset,
+    row_step,
+    GATED: tl.constexpr,
+    KIND: tl.constexpr,
+    ALPHA: tl.constexpr,
+    GATE_LIMIT: tl.constexpr,
+    UP_LIMIT: tl.constexpr,
+    ACT_LIMIT: tl.constexpr,
+    UP_ADDEND: tl.constexpr,
+    GRAD_H: tl.constexpr,
+    WEIGHTED_A: tl.constexpr,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """What _grad_act_kernel makes of PART columns of grad_a."""
+    columns = part * PART + tl.arange(0, PART)
+    stored = inside[:, None] & (columns < intermediate_size)[None, :]
+    # 32-bit offsets from the tile's first row: half the registers
+    in_tile = tl.arange(0, BLOCK_ROWS)[:, None]
+    gate_up_size = intermediate_size * 2 if GATED else intermediate_size
+    at = in_tile * gate_up_size + (columns * row_step)[None, :]
+    gate = tl.load(h_ptr + at, mask=stored, other=0).to(ACC)
+    x = _at_most(gate, GATE_LIMIT)
+    y = _act(x, KIND, ALPHA)
+    a = _at_most(y, ACT_LIMIT)
+    factor = tl.full((), 1.0, ACC)
+    if GATED:
+        up = tl.load(h_ptr + at + up_offset, mask=stored, other=0).to(ACC)
+        factor = _clamped(up, UP_LIMIT) + _constant(UP_ADDEND, up)
+    if PARTS:
+        products = tl.sum(tl.where(stored, grad_a * a * factor, 0), 1)
+        part_ptrs = parts_ptr + tl.arange(0, BLOCK_ROWS) * tl.cdiv(intermediate_size, PART) + part
+        tl.store(part_ptrs, products, mask=inside & (part * PART < intermediate_size))
+    if WEIGHTED_A:
+        a_ptrs = weighted_a_ptr + (in_tile * intermediate_size + columns[None, :])
+        tl.store(a_ptrs, (weights * a * factor).to(weighted_a_ptr.dtype.element_ty), mask=stored)
+    if GRAD_H:
+        grad_a *= weights
+        derivative = _act_derivative(x, KIND, ALPHA)
+        # a gradient passes at a clamp's boundary, not beyond it
+        derivative = tl.where((gate > _constant(GATE_LIMIT, gate)) | (y > _constant(ACT_LIMIT, y)), 0, derivative)
+        grad_gate = grad_a * derivative * factor
+        tl.store(grad_h_ptr + at, grad_gate.to(grad_h_ptr.dtype.element_ty), mask=stored)
+        if GATED:
+            limit = _constant(UP_LIMIT, up)
+            grad_up = tl.where((up > limit) | (up < -limit), 0, grad_a * a)
+            tl.store(grad_h_ptr + at + up_offset, grad_up.to(grad_h_ptr.dtype.element_ty), mask=stored)
+
+
+@triton.jit
 def _grad_act_kernel(
     grad_out_ptr,  # [num_tokens, hidden_size]
     source_rows_ptr,  # [num_rows]
@@ -243,43 +305,28 @@ def _grad_act_kernel(
         w_ptrs, c_inside, weights_hidden_stride, hidden_size,
         BLOCK_ROWS, BLOCK_COLUMNS, BLOCK_DEPTH, CHUNK, EVEN, ACC, PRECISION,
     )  # fmt: skip
-    stored = inside[:, None] & c_inside[None, :]
+    weights = tl.load(row_weights_ptr + rows, mask=inside, other=0)[:, None]
     gate_up_size = intermediate_size * 2 if GATED else intermediate_size
-    in_tile = tl.arange(0, BLOCK_ROWS)[:, None]  # 32-bit offsets from the tile's first row: half the registers
     h_ptr += first.to(tl.int64) * gate_up_size
     grad_h_ptr += first.to(tl.int64) * gate_up_size
-    at = in_tile * gate_up_size + (columns * row_step)[None, :]
-    gate = tl.load(h_ptr + at, mask=stored, other=0).to(ACC)
-    x = _at_most(gate, GATE_LIMIT)
-    y = _act(x, KIND, ALPHA)
-    a = _at_most(y, ACT_LIMIT)
-    factor = tl.full((), 1.0, ACC)
-    if GATED:
-        up = tl.load(h_ptr + at + up_offset, mask=stored, other=0).to(ACC)
-        factor = _clamped(up, UP_LIMIT) + _constant(UP_ADDEND, up)
-    if PARTS:
-        products = tl.where(stored, grad_a * a * factor, 0)
-        products = tl.reshape(products, (BLOCK_ROWS, BLOCK_COLUMNS // PART, PART))
-        num_parts = tl.cdiv(intermediate_size, PART)
-        parts = column_block * (BLOCK_COLUMNS // PART) + tl.arange(0, BLOCK_COLUMNS // PART)
-        part_ptrs = parts_ptr + rows.to(tl.int64)[:, None] * num_parts + parts[None, :]
-        tl.store(part_ptrs, tl.sum(products, 2), mask=inside[:, None] & (parts < num_parts)[None, :])
-    weights = tl.load(row_weights_ptr + rows, mask=inside, other=0)[:, None]
-    if WEIGHTED_A:
-        a_ptrs = weighted_a_ptr + first.to(tl.int64) * intermediate_size
-        a_ptrs = a_ptrs + (in_tile * intermediate_size + columns[None, :])
-        tl.store(a_ptrs, (weights * a * factor).to(weighted_a_ptr.dtype.element_ty), mask=stored)
-    if GRAD_H:
-        grad_a *= weights
-        derivative = _act_derivative(x, KIND, ALPHA)
-        # a gradient passes at a clamp's boundary, not beyond it
-        derivative = tl.where((gate > _constant(GATE_LIMIT, gate)) | (y > _constant(ACT_LIMIT, y)), 0, derivative)
-        grad_gate = grad_a * derivative * factor
-        tl.store(grad_h_ptr + at, grad_gate.to(grad_h_ptr.dtype.element_ty), mask=stored)
-        if GATED:
-            limit = _constant(UP_LIMIT, up)
-            grad_up = tl.where((up > limit) | (up < -limit), 0, grad_a * a)
-            tl.store(grad_h_ptr + at + up_offset, grad_up.to(grad_h_ptr.dtype.element_ty), mask=stored)
+    weighted_a_ptr += first.to(tl.int64) * intermediate_size
+    parts_ptr += first.to(tl.int64) * tl.cdiv(intermediate_size, PART)
+    # PART columns after each other: six values of each element are in registers at once
+    if BLOCK_COLUMNS == PART:
+        _store_grads(
+            grad_a, weights, inside, column_block, h_ptr, grad_h_ptr, weighted_a_ptr, parts_ptr, intermediate_size,
+            up_offset, row_step, GATED, KIND, ALPHA, GATE_LIMIT, UP_LIMIT, ACT_LIMIT, UP_ADDEND, GRAD_H, WEIGHTED_A,
+            PARTS, PART, ACC, BLOCK_ROWS,
+        )  # fmt: skip
+    else:
+        tl.static_assert(BLOCK_COLUMNS == 2 * PART)
+        halves = tl.split(tl.permute(tl.reshape(grad_a, (BLOCK_ROWS, 2, PART)), (0, 2, 1)))
+        for half in tl.static_range(2):
+            _store_grads(
+                halves[half], weights, inside, 2 * column_block + half, h_ptr, grad_h_ptr, weighted_a_ptr, parts_ptr,
+                intermediate_size, up_offset, row_step, GATED, KIND, ALPHA, GATE_LIMIT, UP_LIMIT, ACT_LIMIT, UP_ADDEND,
+                GRAD_H, WEIGHTED_A, PARTS, PART, ACC, BLOCK_ROWS,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -450,8 +497,7 @@ def expert_ffn_backward(
                 num_rows, num_experts, intermediate_size, hidden_size, grad_out.dtype, gemm.capability_of(grad_out),
                 num_operands=2,
             )  # fmt: skip
-            # 64 columns: the epilogue holds six values of each element, 128 columns would spill
-            tiles = tiles._replace(columns=PART)
+            tiles = tiles._replace(columns=max(tiles.columns, PART))
             _grad_act_kernel[gemm.tile_grid(tiles, num_rows, num_experts, intermediate_size)](
                 grad_out, source_rows, row_weights, down_proj, offsets, pre_activation, grad_h, weighted_a, parts,
                 num_rows, num_tokens, num_experts, intermediate_size, hidden_size, *grad_out.stride(),
