@@ -6,23 +6,11 @@
 
 #include <cstdint>
 
+#include "common/activation.h"
 #include "common/dtype.h"
 #include "microkernels/quantized.h"
 
 namespace moe {
-
-// Same order as KINDS in python/moe_kernels/activation.py.
-enum class ActivationKind : int64_t { silu, gelu, gelu_tanh, relu, relu2 };
-
-// python/moe_kernels/activation.py has the formula.
-struct Activation {
-  ActivationKind kind;
-  bool gated;
-  double alpha;
-  double limit;
-  bool clamp_output;
-  double up_offset;
-};
 
 // One expert's matrix [out, in] whose rows are contiguous, or packed: panels of `panel_rows` rows interleaved by steps.
 template <class T>

@@ -11,6 +11,7 @@
 #include <tuple>
 
 #include "common/vec.cuh"
+#include "ops/permute/permute_cuda.h"
 
 namespace moe {
 namespace {
@@ -209,6 +210,8 @@ Tensor permute_cuda(const Tensor& hidden_states_in, const Tensor& source_rows_in
   return rows;
 }
 
+}  // namespace
+
 Tensor unpermute_cuda(const Tensor& rows_in, const Tensor& permuted_rows_in, const std::optional<Tensor>& topk_weights) {
   const Tensor rows = with_contiguous_rows(rows_in);
   const Tensor permuted_rows = torch::stable::contiguous(permuted_rows_in);
@@ -235,6 +238,8 @@ Tensor unpermute_cuda(const Tensor& rows_in, const Tensor& permuted_rows_in, con
   });
   return out;
 }
+
+namespace {
 
 std::tuple<Tensor, Tensor> unpermute_backward_cuda(const Tensor& grad_out_in, const Tensor& rows_in,
                                                    const Tensor& topk_weights, const Tensor& source_rows_in,

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "common/vec.cuh"
+#include "ops/permute/permute_cuda.h"
 
 namespace moe {
 namespace {
@@ -189,6 +190,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor> plan_dispatch_cuda(const Tensor& topk_ids, int64_t num_experts) {
   MOE_CHECK(topk_ids.dim() == 2, "plan_dispatch: topk_ids must be of shape [num_tokens, top_k]");
   MOE_CHECK(num_experts >= 0 && num_experts < (int64_t{1} << 31) - kScanThreads,
@@ -221,7 +224,6 @@ std::tuple<Tensor, Tensor, Tensor> plan_dispatch_cuda(const Tensor& topk_ids, in
   return {expert_offsets, source_rows, permuted_rows};
 }
 
-}  // namespace
 }  // namespace moe
 
 MOE_CUDA_LIBRARY(m) { m.impl("plan_dispatch", TORCH_BOX(&moe::plan_dispatch_cuda)); }

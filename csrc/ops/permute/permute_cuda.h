@@ -1,0 +1,14 @@
+// The permutation's ops on CUDA, for the rooms that are made of them.
+#pragma once
+
+#include <optional>
+#include <tuple>
+
+#include "common/cuda_launch.cuh"
+
+namespace moe {
+
+std::tuple<Tensor, Tensor, Tensor> plan_dispatch_cuda(const Tensor& topk_ids, int64_t num_experts);
+Tensor unpermute_cuda(const Tensor& rows, const Tensor& permuted_rows, const std::optional<Tensor>& topk_weights);
+
+}  // namespace moe
