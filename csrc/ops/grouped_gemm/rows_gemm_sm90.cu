@@ -84,6 +84,7 @@ void multiply(const char* op, const DeviceScope& scope, const Tensor& x, const T
     for (int i = 0; i < last; ++i) fits = fits && tensor.stride(i) % 8 == 0;
     return fits;
   };
+  MOE_CHECK((source_rows != nullptr) == (activation != nullptr), op, ": rows are gathered where an activation follows");
   MOE_CHECK(weights.size(1) == num_columns * (gated ? 2 : 1) && x.size(1) == depth && depth % 8 == 0 && num_columns % 8 == 0 &&
                 aligned(weights, 2) && aligned(x, 1),
             op, ": sizes must be multiples of 8, rows contiguous and 16-byte aligned for the kernels of compute capability 9.0");
@@ -110,7 +111,6 @@ void multiply(const char* op, const DeviceScope& scope, const Tensor& x, const T
     gemm.bias_step = step * bias->stride(1);
     gemm.bias_up = up * bias->stride(1);
   }
-  gemm.activation.kind = -1;
   if (activation != nullptr) {
     const float limit = static_cast<float>(activation->limit);
     gemm.activation = {static_cast<int>(activation->kind),          static_cast<float>(activation->alpha),

@@ -46,7 +46,7 @@ struct RowsGemm {
   int64_t bias_expert_stride, bias_step, bias_up;
   T* out;  // [num_rows, num_columns]
   int num_rows, num_sources, num_experts, num_columns, depth;
-  ActivationNumbers activation;  // of kind -1: none
+  ActivationNumbers activation;  // gathering alone
 };
 
 // Where things lie in dynamic shared memory, which starts at a multiple of 1024.
@@ -54,7 +54,8 @@ template <int kTokens>
 struct Layout {
   static constexpr int kTokenBytes = kTokens * kDepth * 2;
   static constexpr int kStageBytes = kWeightBytes + kTokenBytes;
-  static constexpr int kStagingBytes = 8 * kTokens * 32;  // of each multiplying warp, [kTokens, 16] of the output
+  static constexpr int kStagedTokens = kTokens < 64 ? kTokens : 64;
+  static constexpr int kStagingBytes = 8 * kStagedTokens * 32;  // of each multiplying warp, [kStagedTokens, 16] of the output
   static constexpr int kStages = (220 * 1024 - kStagingBytes) / kStageBytes < 6 ? (220 * 1024 - kStagingBytes) / kStageBytes : 6;
   static constexpr int kStaging = kStages * kStageBytes;
   static constexpr int kBarriers = kStaging + kStagingBytes;
@@ -66,18 +67,18 @@ struct Layout {
 
 __device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 
-__device__ __forceinline__ float act(float x, const ActivationNumbers& activation) {
-  switch (static_cast<ActivationKind>(activation.kind)) {
-    case ActivationKind::silu: return x * sigmoid(activation.alpha * x);
-    case ActivationKind::gelu: return 0.5f * x * (1.0f + erff(x * 0.70710678118654752440f));
-    case ActivationKind::gelu_tanh: {
-      const float inner = 0.79788456080286535588f * (x + 0.044715f * x * x * x);
-      return 0.5f * x * (2.0f - __fdividef(2.0f, __expf(2.0f * inner) + 1.0f));
-    }
-    default: {
-      const float positive = x > 0.0f || x != x ? x : 0.0f;
-      return static_cast<ActivationKind>(activation.kind) == ActivationKind::relu ? positive : positive * positive;
-    }
+template <ActivationKind kKind>
+__device__ __forceinline__ float act(float x, float alpha) {
+  if constexpr (kKind == ActivationKind::silu) {
+    return x * sigmoid(alpha * x);
+  } else if constexpr (kKind == ActivationKind::gelu) {
+    return 0.5f * x * (1.0f + erff(x * 0.70710678118654752440f));
+  } else if constexpr (kKind == ActivationKind::gelu_tanh) {
+    const float inner = 0.79788456080286535588f * (x + 0.044715f * x * x * x);
+    return 0.5f * x * (2.0f - __fdividef(2.0f, __expf(2.0f * inner) + 1.0f));
+  } else {
+    const float positive = x > 0.0f || x != x ? x : 0.0f;
+    return kKind == ActivationKind::relu ? positive : positive * positive;
   }
 }
 
@@ -86,6 +87,18 @@ __device__ __forceinline__ float at_most(float x, float limit) { return x > limi
 __device__ __forceinline__ float clamped(float x, float limit) {
   const float low = x < -limit ? -limit : x;
   return low > limit ? limit : low;
+}
+
+// Of sums that have their bias: gated, sums[0] becomes act(sums[0]) * sums[1]; else each its own act.
+template <ActivationKind kKind, bool kGated, int kSums>
+__device__ __forceinline__ void activate(float (&sums)[2][kSums], const ActivationNumbers& numbers) {
+#pragma unroll
+  for (int t = 0; t < (kGated ? 1 : 2); ++t)
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      const float x = at_most(act<kKind>(at_most(sums[t][i], numbers.gate_limit), numbers.alpha), numbers.act_limit);
+      sums[t][i] = kGated ? x * (clamped(sums[1][i], numbers.up_limit) + numbers.up_offset) : x;
+    }
 }
 
 // The tile of a number: expert, first token row and end of the expert's rows, first feature.
@@ -162,15 +175,25 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
 
   if (warp < 4) {  // fetches
-    ptx::fewer_registers<40>();
+    ptx::fewer_registers<48>();
     int stage = 0;
     uint32_t phase = 0;
     if (!kGather && thread != 0) return;
+    // A stage of gathered rows is announced kLag stages later, when it has landed. The fence is here and not with those who
+    // multiply: there it would wait for their own memory traffic in each step.
+    constexpr int kLag = 2;
+    int under_way = 0, unannounced = 0;  // stages; the oldest of them
+    const auto announce = [&](auto groups_left) {
+      ptx::cp_async_wait<decltype(groups_left)::value>();
+      ptx::fence_async_proxy();
+      ptx::mbarrier_arrive(full + 8 * unannounced);
+      if (++unannounced == kStages) unannounced = 0;
+    };
     const int chunk = thread % 8, row0 = thread / 8;  // of the gathered rows: 16 bytes of every 16th
     const uint32_t to = row0 * 128 + ((chunk ^ (row0 & 7)) << 4);
     for (int number = static_cast<int>(blockIdx.x); number < num_tiles; number += static_cast<int>(gridDim.x)) {
       const Tile tile = tile_at(number);
-      int sources[kTokens / 16];
+      int sources[kTokens / 16];  // -1: no token
       if constexpr (kGather) {
 #pragma unroll
         for (int i = 0; i < kTokens / 16; ++i) {
@@ -192,17 +215,25 @@ __global__ void __launch_bounds__(kThreads, 1)
           if constexpr (!kGather) ptx::tensor_copy_2d(at + kWeightBytes, &tokens, k, tile.first_row, barrier);
         }
         if constexpr (kGather) {
-          const int column = k + chunk * 8;
+          const T* column = gemm.x + k + chunk * 8;
+          const bool inside = k + chunk * 8 < gemm.depth;
 #pragma unroll
           for (int i = 0; i < kTokens / 16; ++i) {
-            const bool inside = sources[i] >= 0 && column < gemm.depth;
-            const T* from = gemm.x + (inside ? sources[i] * gemm.x_stride + column : 0);
-            ptx::cp_async16(at + kWeightBytes + to + i * 2048, from, inside ? 16 : 0);
+            const bool read = inside && sources[i] >= 0;
+            ptx::cp_async16(at + kWeightBytes + to + i * 2048, read ? column + sources[i] * gemm.x_stride : gemm.x, read ? 16 : 0);
           }
-          ptx::cp_async_arrive(barrier);
+          ptx::cp_async_commit();
+          if (++under_way > kLag) {
+            announce(std::integral_constant<int, kLag>());
+            --under_way;
+          }
         }
         if (++stage == kStages) stage = 0, phase ^= 1;
       }
+    }
+    if constexpr (kGather) {
+      if (under_way > 1) announce(std::integral_constant<int, 1>());
+      if (under_way > 0) announce(std::integral_constant<int, 0>());
     }
     return;
   }
@@ -212,7 +243,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   // its two blocks of 64 features in a stage: of the gate and of up, or neighbours
   const uint32_t block0 = (kGated ? group * 64 : group * 128) * 128;
   const uint32_t block1 = block0 + (kGated ? kWeightBytes / 2 : 64 * 128);
-  const uint32_t staging = memory + L::kStaging + (warp - 4) * (kTokens * 32);
+  const uint32_t staging = memory + L::kStaging + (warp - 4) * (L::kStagedTokens * 32);
   int stage = 0;
   uint32_t phase = 0;
   for (int number = static_cast<int>(blockIdx.x); number < num_tiles; number += static_cast<int>(gridDim.x)) {
@@ -221,7 +252,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     int last = 0;
     for (int step = 0; step < num_steps; ++step) {
       ptx::mbarrier_wait(full + 8 * stage, phase);
-      if constexpr (kGather) ptx::fence_async_proxy();
       const uint32_t at = memory + stage * L::kStageBytes;
       ptx::wgmma_fence();
 #pragma unroll
@@ -246,56 +276,56 @@ __global__ void __launch_bounds__(kThreads, 1)
       for (int i = 0; i < kTokens / 2; ++i) asm volatile("" : "+f"(sums[t][i])::"memory");  // not read before the wait
 
     // a thread holds features lane / 4 and 8 more of its warp's 16, of tokens 8 i + 2 (lane % 4) and the next
-    const bool activates = gemm.activation.kind >= 0;
+    const int first_column = tile.first_column + group * (kGated ? 64 : 128) + warp_of_group * 16;
+    if (gemm.bias != nullptr) {
 #pragma unroll
-    for (int t = 0; t < (kGated ? 1 : 2); ++t) {
-      const int first_column = tile.first_column + (kGated ? group * 64 : group * 128 + t * 64) + warp_of_group * 16;
-      float bias[2] = {}, up_bias[2] = {};
-      if (gemm.bias != nullptr) {
+      for (int t = 0; t < 2; ++t) {
+        float bias[2] = {};
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
-          const int column = first_column + lane / 4 + 8 * h;
-          const T* of_column = gemm.bias + tile.expert * gemm.bias_expert_stride + column * gemm.bias_step;
-          if (column < gemm.num_columns) {
-            bias[h] = to_acc(of_column[0]);
-            if (kGated) up_bias[h] = to_acc(of_column[gemm.bias_up]);
-          }
+          const int column = first_column + (kGated ? 0 : t * 64) + lane / 4 + 8 * h;
+          if (column < gemm.num_columns)
+            bias[h] = to_acc(gemm.bias[tile.expert * gemm.bias_expert_stride + column * gemm.bias_step +
+                                       (kGated && t == 1 ? gemm.bias_up : 0)]);
         }
-      }
-      __syncwarp();  // the rows before have been read
 #pragma unroll
-      for (int i = 0; i < kTokens / 8; i += 2) {
-        uint32_t pairs[4];
-#pragma unroll
-        for (int m = 0; m < 4; ++m) {  // token block i + m / 2, features m % 2 * 8
-          float values[2];
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            const int at = 4 * (i + m / 2) + 2 * (m % 2) + c;
-            float x = sums[t][at] + bias[m % 2];
-            if (activates) {
-              x = at_most(act(at_most(x, gemm.activation.gate_limit), gemm.activation), gemm.activation.act_limit);
-              if constexpr (kGated)
-                x *= clamped(sums[1][at] + up_bias[m % 2], gemm.activation.up_limit) + gemm.activation.up_offset;
-            }
-            values[c] = x;
-          }
-          pairs[m] = ptx::cvt_pair<T>(values[0], values[1]);
-        }
-        const int token = 8 * (i + lane / 16) + lane % 8, half = lane / 8 % 2;
-        ptx::stmatrix_x4_trans(staging + token * 32 + ((half ^ (token >> 2 & 1)) << 4), pairs[0], pairs[1], pairs[2], pairs[3]);
-      }
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < kTokens / 16; ++i) {
-        const int token = 16 * i + lane / 2, half = lane % 2, column = first_column + 8 * half;
-        const int row = tile.first_row + token;
-        uint32_t words[4];
-        ptx::ld_shared_v4(staging + token * 32 + ((half ^ (token >> 2 & 1)) << 4), words);
-        if (row < tile.end_row && column < gemm.num_columns)
-          ptx::st_global_v4(gemm.out + static_cast<int64_t>(row) * gemm.num_columns + column, words);
+        for (int i = 0; i < kTokens / 2; ++i) sums[t][i] += bias[i / 2 % 2];
       }
     }
+    // the kind is asked once, not for each value: with a branch a value the code did not fit the instruction cache, and the
+    // rest of a tile took 22 us on an H200
+    if constexpr (kGather) switch (static_cast<ActivationKind>(gemm.activation.kind)) {
+        case ActivationKind::silu: activate<ActivationKind::silu, kGated>(sums, gemm.activation); break;
+        case ActivationKind::gelu: activate<ActivationKind::gelu, kGated>(sums, gemm.activation); break;
+        case ActivationKind::gelu_tanh: activate<ActivationKind::gelu_tanh, kGated>(sums, gemm.activation); break;
+        case ActivationKind::relu: activate<ActivationKind::relu, kGated>(sums, gemm.activation); break;
+        case ActivationKind::relu2: activate<ActivationKind::relu2, kGated>(sums, gemm.activation); break;
+      }
+    constexpr int kStaged = L::kStagedTokens;
+#pragma unroll
+    for (int t = 0; t < (kGated ? 1 : 2); ++t)
+#pragma unroll
+      for (int part = 0; part < kTokens; part += kStaged) {
+        __syncwarp();  // the values before have been read
+#pragma unroll
+        for (int i = 0; i < kStaged / 8; i += 2) {
+          const float* values = &sums[t][part / 2 + 4 * i];
+          const int token = 8 * (i + lane / 16) + lane % 8, half = lane / 8 % 2;
+          ptx::stmatrix_x4_trans(staging + token * 32 + ((half ^ (token >> 2 & 1)) << 4), ptx::cvt_pair<T>(values[0], values[1]),
+                                 ptx::cvt_pair<T>(values[2], values[3]), ptx::cvt_pair<T>(values[4], values[5]),
+                                 ptx::cvt_pair<T>(values[6], values[7]));
+        }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < kStaged / 16; ++i) {
+          const int token = 16 * i + lane / 2, half = lane % 2, column = first_column + t * 64 + 8 * half;
+          const int row = tile.first_row + part + token;
+          uint32_t words[4];
+          ptx::ld_shared_v4(staging + token * 32 + ((half ^ (token >> 2 & 1)) << 4), words);
+          if (row < tile.end_row && column < gemm.num_columns)
+            ptx::st_global_v4(gemm.out + static_cast<int64_t>(row) * gemm.num_columns + column, words);
+        }
+      }
   }
 #endif
 }

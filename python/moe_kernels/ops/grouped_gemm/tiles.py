@@ -65,7 +65,7 @@ def plan_weight_grad_tiles(columns: int, depth: int, dtype: torch.dtype, capabil
     """Tiles of ``out[expert] = left.T @ right`` over the expert's rows: ``columns`` of left by ``depth`` of right,
     summed ``rows`` at a time."""
     if dtype in (torch.bfloat16, torch.float16):
-        tiles = Tiles(64, 128, 256, 8, 3) if capability[0] == 9 else Tiles(32, 128, 128, 8, 3)
+        tiles = Tiles(64, 128, 256, 8, 4) if capability[0] == 9 else Tiles(32, 128, 128, 8, 3)
     elif dtype == torch.float32:
         tiles = Tiles(32, 64, 64, 4, 2)
     else:

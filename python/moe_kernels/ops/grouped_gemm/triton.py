@@ -174,12 +174,10 @@ def _zero_tail_kernel(offsets_ptr, out_ptr, num_rows, num_experts, num_columns, 
 @triton.jit
 def _weight_grad_kernel(
     left_ptr,  # [num_rows, num_columns]
-    right_ptr,  # [num_rows, depth], or the tensor of which source_rows picks the rows
-    source_rows_ptr,  # [num_rows]
+    right_ptr,  # [num_rows, depth]
     offsets_ptr,  # [num_experts + 1]
     out_ptr,  # [num_experts, num_columns, depth], any strides
     num_rows,
-    num_sources,
     num_columns,
     depth,
     left_stride,
@@ -189,7 +187,6 @@ def _weight_grad_kernel(
     out_expert_stride,
     out_column_stride,
     out_depth_stride,
-    GATHER: tl.constexpr,
     CHUNK: tl.constexpr,
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -223,12 +220,7 @@ def _weight_grad_kernel(
             sums = tl.where(full, 0, sums)
         left_at = left_ptrs + rows.to(tl.int64)[None, :] * left_stride
         left = tl.load(left_at, mask=c_inside[:, None] & inside[None, :], other=0)
-        if GATHER:
-            sources = tl.load(source_rows_ptr + rows, mask=inside, other=-1).to(tl.int64)
-            inside = (sources >= 0) & (sources < num_sources)
-        else:
-            sources = rows.to(tl.int64)
-        right_at = right_ptrs + sources[:, None] * right_stride
+        right_at = right_ptrs + rows.to(tl.int64)[:, None] * right_stride
         right = tl.load(right_at, mask=inside[:, None] & d_inside[None, :], other=0)
         sums = tl.dot(left, right, sums, input_precision=PRECISION, out_dtype=ACC)
     out_ptrs = out_ptr + expert.to(tl.int64) * out_expert_stride + columns.to(tl.int64)[:, None] * out_column_stride
@@ -240,22 +232,20 @@ def _weight_grad_kernel(
 
 @triton.jit
 def _bias_grad_kernel(
-    grad_ptr,  # [num_rows, num_columns], or the tensor of which source_rows picks the rows
-    source_rows_ptr,  # [num_rows]
+    grad_ptr,  # [num_rows, num_columns]
     row_weights_ptr,  # [num_rows]
     offsets_ptr,  # [num_experts + 1]
     out_ptr,  # [num_experts, num_columns]
     num_rows,
-    num_sources,
     num_columns,
     grad_stride,
     grad_column_stride,
-    GATHER: tl.constexpr,  # and weigh
+    WEIGHTED: tl.constexpr,
     ACC: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    """out[e] = sum over e's rows of grad. One program for an expert and a block of columns."""
+    """out[e] = sum over e's rows of (row_weights *) grad. One program for an expert and a block of columns."""
     expert = tl.program_id(1)
     columns = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     read = columns < num_columns
@@ -265,16 +255,10 @@ def _bias_grad_kernel(
     for first in range(begin, end, BLOCK_ROWS):
         rows = first + tl.arange(0, BLOCK_ROWS)
         inside = rows < end
-        if GATHER:
-            sources = tl.load(source_rows_ptr + rows, mask=inside, other=-1).to(tl.int64)
-            weights = tl.load(row_weights_ptr + rows, mask=inside, other=0)
-            inside = (sources >= 0) & (sources < num_sources)
-        else:
-            sources = rows.to(tl.int64)
-        at = grad_ptr + sources[:, None] * grad_stride + columns.to(tl.int64)[None, :] * grad_column_stride
+        at = grad_ptr + rows.to(tl.int64)[:, None] * grad_stride + columns.to(tl.int64)[None, :] * grad_column_stride
         grad = tl.load(at, mask=inside[:, None] & read[None, :], other=0).to(ACC)
-        if GATHER:
-            grad *= tl.where(inside, weights, 0)[:, None]
+        if WEIGHTED:
+            grad *= tl.load(row_weights_ptr + rows, mask=inside, other=0)[:, None]
         sums += grad
     out = tl.sum(sums, 0).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + expert.to(tl.int64) * num_columns + columns, out, mask=read)
@@ -318,11 +302,14 @@ def tile_grid(tiles: Tiles, num_rows: int, num_experts: int, num_columns: int) -
     return (groups * GROUP * triton.cdiv(num_columns, tiles.columns),)
 
 
-def multiply_rows(rows: Tensor, expert_weights: Tensor, expert_offsets: Tensor, bias: Tensor | None) -> Tensor:
+def multiply_rows(
+    rows: Tensor, expert_weights: Tensor, expert_offsets: Tensor, bias: Tensor | None, out: Tensor | None = None
+) -> Tensor:
     """The grouped GEMM with its tail unwritten."""
     num_rows, depth = rows.shape
     num_experts, num_columns, _ = expert_weights.shape
-    out = rows.new_empty((num_rows, num_columns))
+    if out is None:
+        out = rows.new_empty((num_rows, num_columns))
     if out.numel() > 0 and num_experts > 0:
         tiles = plan_tiles(num_rows, num_experts, num_columns, depth, rows.dtype, capability_of(rows))
         bias_strides = (0, 0) if bias is None else bias.stride()
@@ -350,38 +337,33 @@ def grouped_gemm(
     return out
 
 
-def weight_grad(left: Tensor, right: Tensor, source_rows: Tensor | None, expert_offsets: Tensor, out: Tensor) -> Tensor:
-    """``out[e] = sum over e's rows of left[r] (outer) right[r]``; ``source_rows``, if given, picks right's rows."""
+def weight_grad(left: Tensor, right: Tensor, expert_offsets: Tensor, out: Tensor) -> Tensor:
+    """``out[e] = sum over e's rows of left[r] (outer) right[r]``."""
     num_rows, num_columns = left.shape
-    num_sources, depth = right.shape
-    num_experts = out.shape[0]
+    depth, num_experts = right.shape[1], out.shape[0]
     if out.numel() > 0:
         tiles = plan_weight_grad_tiles(num_columns, depth, left.dtype, capability_of(left))
         blocks = triton.cdiv(triton.cdiv(num_columns, tiles.columns), GROUP) * GROUP * triton.cdiv(depth, tiles.depth)
         with torch.cuda.device_of(left):
             _weight_grad_kernel[(blocks, num_experts)](
-                left, right, expert_offsets if source_rows is None else source_rows, expert_offsets, out, num_rows,
-                num_sources, num_columns, depth, *left.stride(), *right.stride(), *out.stride(),
-                GATHER=source_rows is not None, CHUNK=chunk_of(left.dtype), ACC=acc_dtype(left), PRECISION=dot_precision(), BLOCK_COLUMNS=tiles.columns,
-                BLOCK_DEPTH=tiles.depth, BLOCK_ROWS=tiles.rows, GROUP=GROUP, num_warps=tiles.num_warps,
-                num_stages=tiles.num_stages,
+                left, right, expert_offsets, out, num_rows, num_columns, depth, *left.stride(), *right.stride(),
+                *out.stride(), CHUNK=chunk_of(left.dtype), ACC=acc_dtype(left), PRECISION=dot_precision(),
+                BLOCK_COLUMNS=tiles.columns, BLOCK_DEPTH=tiles.depth, BLOCK_ROWS=tiles.rows, GROUP=GROUP,
+                num_warps=tiles.num_warps, num_stages=tiles.num_stages,
             )  # fmt: skip
     return out
 
 
-def bias_grad(
-    grad: Tensor, source_rows: Tensor | None, row_weights: Tensor | None, expert_offsets: Tensor, num_rows: int
-) -> Tensor:
-    """Sum over each expert's rows of grad, or of ``row_weights[r] * grad[source_rows[r]]``."""
-    num_experts, num_columns = expert_offsets.shape[0] - 1, grad.shape[1]
+def bias_grad(grad: Tensor, row_weights: Tensor | None, expert_offsets: Tensor) -> Tensor:
+    """Sum over each expert's rows of grad, weighted if ``row_weights`` [num_rows] are given."""
+    num_experts, (num_rows, num_columns) = expert_offsets.shape[0] - 1, grad.shape
     out = grad.new_empty((num_experts, num_columns))
     if out.numel() > 0:
-        gather = source_rows is not None
+        weighted = row_weights is not None
         with torch.cuda.device_of(grad):
             _bias_grad_kernel[(triton.cdiv(num_columns, BIAS_COLUMNS), num_experts)](
-                grad, source_rows if gather else expert_offsets, row_weights if gather else grad, expert_offsets, out,
-                num_rows, grad.shape[0], num_columns, *grad.stride(), GATHER=gather, ACC=acc_dtype(grad),
-                BLOCK_ROWS=BIAS_ROWS, BLOCK_COLUMNS=BIAS_COLUMNS,
+                grad, row_weights if weighted else grad, expert_offsets, out, num_rows, num_columns, *grad.stride(),
+                WEIGHTED=weighted, ACC=acc_dtype(grad), BLOCK_ROWS=BIAS_ROWS, BLOCK_COLUMNS=BIAS_COLUMNS,
             )  # fmt: skip
     return out
 
@@ -389,8 +371,8 @@ def bias_grad(
 def grouped_gemm_weight_grad(grad_out: Tensor, rows: Tensor, expert_offsets: Tensor, transposed: bool) -> Tensor:
     expert_offsets = expert_offsets.contiguous()
     out = new_weight_grad(rows, expert_offsets.shape[0] - 1, grad_out.shape[1], rows.shape[1], transposed)
-    return weight_grad(grad_out, rows, None, expert_offsets, out)
+    return weight_grad(grad_out, rows, expert_offsets, out)
 
 
 def grouped_gemm_bias_grad(grad_out: Tensor, expert_offsets: Tensor) -> Tensor:
-    return bias_grad(grad_out, None, None, expert_offsets.contiguous(), grad_out.shape[0])
+    return bias_grad(grad_out, None, expert_offsets.contiguous())

@@ -249,10 +249,15 @@ def plan_dispatch(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor, T
 
 
 def permute(hidden_states: Tensor, source_rows: Tensor) -> Tensor:
-    hidden_states, source_rows = _contiguous_rows(hidden_states), source_rows.contiguous()
-    num_tokens, hidden_size = hidden_states.shape
-    num_rows = source_rows.shape[0]
-    rows = hidden_states.new_empty((num_rows, hidden_size))
+    source_rows = source_rows.contiguous()
+    num_rows, hidden_size = source_rows.shape[0], hidden_states.shape[1]
+    return permute_into(hidden_states, source_rows, hidden_states.new_empty((num_rows, hidden_size)))
+
+
+def permute_into(hidden_states: Tensor, source_rows: Tensor, rows: Tensor) -> Tensor:
+    """``permute`` where there is memory for the rows already."""
+    hidden_states = _contiguous_rows(hidden_states)
+    (num_tokens, hidden_size), num_rows = hidden_states.shape, source_rows.shape[0]
     if rows.numel() > 0:
         block = _block_hidden(hidden_size)
         with torch.cuda.device_of(rows):
