@@ -37,14 +37,6 @@ MOE_PTX void mbarrier_wait(uint32_t barrier, uint32_t parity) {
                  : "memory");
 }
 
-// What other threads wrote to shared memory, before tensor copies and products read it.
-MOE_PTX void fence_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// 16 bytes, of which the first `bytes` (0 or 16) come from global memory and the rest are zero.
-MOE_PTX void cp_async16(uint32_t to, const void* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-
 MOE_PTX void tensor_copy_2d(uint32_t to, const void* map, int x0, int x1, uint32_t barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(to),

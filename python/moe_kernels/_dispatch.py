@@ -18,8 +18,10 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
 }
 
 #: ops that have kernels in CUDA C++, and in Triton; every op has native kernels for the CPU
-CUDA_OPS = frozenset({"plan_dispatch", "permute", "unpermute", "route", "route_weights"})
-TRITON_OPS = CUDA_OPS | {"grouped_gemm", "expert_ffn"}
+CUDA_OPS = frozenset({"plan_dispatch", "permute", "unpermute", "route", "route_weights", "expert_ffn"})
+TRITON_OPS = CUDA_OPS | {"grouped_gemm", "expert_ffn with gradients"}
+#: of CUDA_OPS, those whose kernels are for compute capability 9.0 (H100, H200) alone
+SM90_OPS = frozenset({"expert_ffn"})
 
 _BACKENDS = ("auto", "reference", "native", "triton")
 _DEFAULT = env.variable("MOE_KERNELS_BACKEND")
@@ -39,7 +41,11 @@ def missing_reason(op: str, backend: str, device_type: str) -> str | None:
             return _extension.cpu_missing_reason()
         if device_type != "cuda":
             return f"there are no native kernels for device type '{device_type}'"
-        return _extension.cuda_missing_reason() if op in CUDA_OPS else f"{op} has no CUDA kernels yet"
+        if op not in CUDA_OPS:
+            return f"{op} has no CUDA kernels yet"
+        if op in SM90_OPS and (not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9):
+            return f"the CUDA kernels of {op} are for GPUs of compute capability 9.0 (H100, H200)"
+        return _extension.cuda_missing_reason()
     if backend == "triton":
         if op not in TRITON_OPS:
             return f"{op} has no Triton kernels yet"
@@ -56,9 +62,14 @@ def _auto(op: str, device_type: str) -> str:
     return "reference"
 
 
-# Resolved once per process: the choice depends on what is installed, not on the call. An op that is not listed has
-# kernels for the CPU alone.
-_AUTO = {(op, device_type): _auto(op, device_type) for op in CUDA_OPS | TRITON_OPS for device_type in AUTO_ORDER}
+# Resolved once per process: the choice depends on what is installed, not on the call. What depends on the GPU is asked
+# by the first call: an import leaves CUDA alone. An op that is not listed has kernels for the CPU alone.
+_AUTO = {
+    (op, device_type): _auto(op, device_type)
+    for op in CUDA_OPS | TRITON_OPS
+    for device_type in AUTO_ORDER
+    if not (op in SM90_OPS and device_type == "cuda")
+}
 _AUTO |= {device_type: _auto("", device_type) for device_type in AUTO_ORDER}
 
 
@@ -88,7 +99,10 @@ def resolve(op: str, backend: str, device_type: str) -> str:
     if backend == "auto":
         backend = _DEFAULT
         if backend == "auto":
-            backend = _AUTO.get((op, device_type)) or _AUTO.get(device_type, "reference")
+            backend = _AUTO.get((op, device_type))
+            if backend is None and op in SM90_OPS and device_type == "cuda":
+                backend = _AUTO[op, device_type] = _auto(op, device_type)
+            backend = backend or _AUTO.get(device_type, "reference")
     if backend not in _BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(_BACKENDS)}, got {backend!r}")
     if backend != "reference":

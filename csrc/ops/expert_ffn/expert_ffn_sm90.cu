@@ -1,4 +1,5 @@
-// The expert FFN on compute capability 9.0a, forward: plan, gate and up with the activation, down, and each token's sum.
+// The expert FFN on compute capability 9.0a, forward: plan, rows in expert order, gate and up with the activation, down,
+// and each token's sum in the order of k.
 #include "ops/grouped_gemm/rows_gemm_sm90.h"
 #include "ops/permute/permute_cuda.h"
 
@@ -28,11 +29,11 @@ std::tuple<Tensor, Tensor> expert_ffn_cuda(const Tensor& hidden_states_in, const
   const auto [expert_offsets, source_rows, permuted_rows] = plan_dispatch_cuda(topk_ids, gate_up_proj.size(0));
   const int64_t num_rows = source_rows.size(0);
   const Activation activation{static_cast<ActivationKind>(kind), gated, alpha, limit, clamp_output, up_offset};
+  // one tensor holds what has a row of hidden_size for each pair: first the input, then the output
+  Tensor rows = permute_cuda(hidden_states, source_rows);
   Tensor act = torch::stable::new_empty(hidden_states, {num_rows, down_proj.size(2)});
-  sm90::multiply_rows(kOp, scope, hidden_states, &source_rows, gate_up_proj, gate_up_bias, expert_offsets, &activation,
-                      interleaved, act);
-  Tensor rows = torch::stable::new_empty(hidden_states, {num_rows, hidden_states.size(1)});
-  sm90::multiply_rows(kOp, scope, act, nullptr, down_proj, down_bias, expert_offsets, nullptr, false, rows);
+  sm90::multiply_rows(kOp, scope, rows, gate_up_proj, gate_up_bias, expert_offsets, &activation, interleaved, act);
+  sm90::multiply_rows(kOp, scope, act, down_proj, down_bias, expert_offsets, nullptr, false, rows);
   return {unpermute_cuda(rows, permuted_rows, topk_weights), torch::stable::new_empty(hidden_states, {0})};
 }
 

@@ -55,12 +55,12 @@ int num_multiprocessors(int device) {
   return count;
 }
 
-template <class T, int kTokens, bool kGated, bool kGather>
+template <class T, int kTokens, bool kActivates, bool kGated>
 void launch_tiles(const char* op, const DeviceScope& scope, int device, const TensorMap& weights, const TensorMap& tokens,
                   const RowsGemm<T>& gemm) {
   const int shared = Layout<kTokens>::bytes(gemm.num_experts);
   MOE_CHECK(shared <= 227 * 1024, op, ": ", gemm.num_experts, " experts are too many for one block's shared memory");
-  const auto kernel = rows_gemm_kernel<T, kTokens, kGated, kGather>;
+  const auto kernel = rows_gemm_kernel<T, kTokens, kActivates, kGated>;
   static std::atomic<uint64_t> raised{0};  // devices whose limit has been raised
   if (device >= 64 || !(raised >> device & 1)) {
     STD_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 * 1024));
@@ -74,7 +74,7 @@ void launch_tiles(const char* op, const DeviceScope& scope, int device, const Te
 }
 
 template <class T>
-void multiply(const char* op, const DeviceScope& scope, const Tensor& x, const Tensor* source_rows, const Tensor& weights,
+void multiply(const char* op, const DeviceScope& scope, const Tensor& x, const Tensor& weights,
               const std::optional<Tensor>& bias, const Tensor& expert_offsets, const Activation* activation, bool interleaved,
               Tensor& out) {
   const bool gated = activation != nullptr && activation->gated;
@@ -84,8 +84,7 @@ void multiply(const char* op, const DeviceScope& scope, const Tensor& x, const T
     for (int i = 0; i < last; ++i) fits = fits && tensor.stride(i) % 8 == 0;
     return fits;
   };
-  MOE_CHECK((source_rows != nullptr) == (activation != nullptr), op, ": rows are gathered where an activation follows");
-  MOE_CHECK(weights.size(1) == num_columns * (gated ? 2 : 1) && x.size(1) == depth && depth % 8 == 0 && num_columns % 8 == 0 &&
+  MOE_CHECK(weights.size(1) == num_columns * (gated ? 2 : 1) && x.size(0) == num_rows && x.size(1) == depth && depth % 8 == 0 && num_columns % 8 == 0 &&
                 aligned(weights, 2) && aligned(x, 1),
             op, ": sizes must be multiples of 8, rows contiguous and 16-byte aligned for the kernels of compute capability 9.0");
   MOE_CHECK(num_rows < (int64_t{1} << 31) - 128 && num_columns < (int64_t{1} << 30) && depth < (int64_t{1} << 30), op,
@@ -94,16 +93,10 @@ void multiply(const char* op, const DeviceScope& scope, const Tensor& x, const T
   RowsGemm<T> gemm{};
   gemm.expert_offsets = data<int32_t>(expert_offsets);
   gemm.num_rows = static_cast<int>(num_rows);
-  gemm.num_sources = static_cast<int>(x.size(0));
   gemm.num_experts = static_cast<int>(num_experts);
   gemm.num_columns = static_cast<int>(num_columns);
   gemm.depth = static_cast<int>(depth);
   gemm.out = mutable_data<T>(out);
-  if (source_rows != nullptr) {
-    gemm.source_rows = data<int32_t>(*source_rows);
-    gemm.x = data<T>(x);
-    gemm.x_stride = x.stride(0);
-  }
   const int64_t step = gated && interleaved ? 2 : 1, up = gated ? (interleaved ? 1 : num_columns) : 0;  // in rows of weights
   if (bias) {
     gemm.bias = data<T>(*bias);
@@ -123,13 +116,12 @@ void multiply(const char* op, const DeviceScope& scope, const Tensor& x, const T
   const int64_t rows_per_expert = num_rows / std::min(num_experts, num_rows);
   const int device = out.get_device_index();
   const auto with_tokens = [&]<int kTokens>() {
-    TensorMap of_tokens{};
-    if (source_rows == nullptr)
-      of_tokens = tensor_map<T, 2>(op, x.const_data_ptr(), {depth, x.size(0)}, {x.stride(0)}, {kDepth, kTokens});
-    if (gated && source_rows != nullptr)
+    const TensorMap of_tokens =
+        tensor_map<T, 2>(op, x.const_data_ptr(), {depth, x.size(0)}, {x.stride(0)}, {kDepth, kTokens});
+    if (gated)
       launch_tiles<T, kTokens, true, true>(op, scope, device, of_weights, of_tokens, gemm);
-    else if (source_rows != nullptr)
-      launch_tiles<T, kTokens, false, true>(op, scope, device, of_weights, of_tokens, gemm);
+    else if (activation != nullptr)
+      launch_tiles<T, kTokens, true, false>(op, scope, device, of_weights, of_tokens, gemm);
     else
       launch_tiles<T, kTokens, false, false>(op, scope, device, of_weights, of_tokens, gemm);
   };
@@ -146,14 +138,14 @@ void multiply(const char* op, const DeviceScope& scope, const Tensor& x, const T
 
 }  // namespace
 
-void multiply_rows(const char* op, const DeviceScope& scope, const Tensor& x, const Tensor* source_rows, const Tensor& weights,
+void multiply_rows(const char* op, const DeviceScope& scope, const Tensor& x, const Tensor& weights,
                    const std::optional<Tensor>& bias, const Tensor& expert_offsets, const Activation* activation,
                    bool interleaved, Tensor& out) {
   if (out.numel() == 0 || weights.size(0) == 0 || weights.size(2) == 0) return;
   if (out.scalar_type() == ScalarType::BFloat16)
-    multiply<bf16>(op, scope, x, source_rows, weights, bias, expert_offsets, activation, interleaved, out);
+    multiply<bf16>(op, scope, x, weights, bias, expert_offsets, activation, interleaved, out);
   else
-    multiply<fp16>(op, scope, x, source_rows, weights, bias, expert_offsets, activation, interleaved, out);
+    multiply<fp16>(op, scope, x, weights, bias, expert_offsets, activation, interleaved, out);
 }
 
 }  // namespace moe::sm90

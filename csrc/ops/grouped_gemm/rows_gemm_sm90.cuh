@@ -1,15 +1,18 @@
-// The grouped GEMM of compute capability 9.0a: out[r] = activation(weights[e] @ x[r] + bias[e]) for the rows of each
-// expert, with rows gathered as they are loaded.
+// The grouped GEMM of compute capability 9.0a: out[r] = activation(weights[e] @ x[r] + bias[e]) for the rows of each expert.
 //
 // wgmma multiplies 64 rows of its first operand. Those are output features here, and the tokens are its second operand,
 // of which there may be 16, 32, 64 or 128: an expert with few tokens wastes few products, decode and prefill are one
 // kernel, and whatever the tile, an output is one chain of steps of 16 features: the same bits in any batch.
 //
-// A block is three warpgroups: one fetches (weights by tensor copies, gathered tokens by cp.async), two multiply. Blocks
-// stay, and take tile after tile while the fetching runs ahead. Of each stage a multiplying warpgroup takes two blocks of
-// 64 features: gate and up of the same features, so that the activation finds both in one thread.
+// A block is three warpgroups: one thread of the first fetches by tensor copies, two warpgroups multiply. Blocks stay, and
+// take tile after tile while the fetching runs ahead. Of each stage a multiplying warpgroup takes two blocks of 64
+// features: gate and up of the same features, so that the activation finds both in one thread.
 //
-// Sources: CUTLASS (warp specialisation, persistent tiles), SonicMoE (arXiv 2512.14080; gathering in the prologue).
+// Rows are not gathered here. cp.async can gather them, but what it wrote must be fenced for wgmma, and the fence waits
+// for all that its thread has under way: on an H200 the first product of Mixtral then ran at 585 TFLOP/s at best (four
+// warps taking turns: 370), with rows gathered before, at 727, and gathering them took 1 % of that time.
+//
+// Sources: CUTLASS (warp specialisation, persistent tiles); the swap of operands is usual where tokens are few.
 #pragma once
 
 #include "common/activation.h"
@@ -22,6 +25,10 @@ namespace moe::sm90 {
 
 constexpr int kWarpgroup = 128;
 constexpr int kThreads = 3 * kWarpgroup;
+// A block is launched with 168 registers a thread (65536 / 384, rounded down to 8); what one role gives up another may
+// take. Asking for more than there are waits for ever: 48 + 2 * 232 did.
+constexpr int kFetchRegisters = 40, kMultiplyRegisters = 232;
+static_assert(kFetchRegisters + 2 * kMultiplyRegisters <= 3 * 168);
 constexpr int kDepth = 64;                     // of a stage: 128 bytes, one row of the swizzle
 constexpr int kWeightRows = 128;               // of one tensor copy; a stage holds two
 constexpr int kWeightBytes = 2 * kWeightRows * kDepth * 2;
@@ -39,14 +46,11 @@ struct ActivationNumbers {
 template <class T>
 struct RowsGemm {
   const int32_t* expert_offsets;  // [num_experts + 1]
-  const int32_t* source_rows;     // [num_rows]; gathering alone
-  const T* x;                     // [num_sources, depth], rows x_stride apart; gathering alone
-  int64_t x_stride;
   const T* bias;  // null, or [num_experts, ...]: gate or only feature f at bias[f * bias_step], up at + bias_up
   int64_t bias_expert_stride, bias_step, bias_up;
   T* out;  // [num_rows, num_columns]
-  int num_rows, num_sources, num_experts, num_columns, depth;
-  ActivationNumbers activation;  // gathering alone
+  int num_rows, num_experts, num_columns, depth;
+  ActivationNumbers activation;
 };
 
 // Where things lie in dynamic shared memory, which starts at a multiple of 1024.
@@ -123,10 +127,10 @@ __device__ __forceinline__ Tile tile_of(int number, const int* prefix, const int
   return {low, offsets[low] + (token_tile - prefix[low]) * kTokens, offsets[low + 1], of_group / size * columns_per_tile};
 }
 
-template <class T, int kTokens, bool kGated, bool kGather>
+template <class T, int kTokens, bool kActivates, bool kGated>
 __global__ void __launch_bounds__(kThreads, 1)
     rows_gemm_kernel(const __grid_constant__ TensorMap weights,  // [num_experts, 2 or 1, num_columns, depth], 128-row boxes
-                     const __grid_constant__ TensorMap tokens,   // [num_rows, depth], kTokens-row boxes; unless kGather
+                     const __grid_constant__ TensorMap tokens,   // [num_rows, depth], kTokens-row boxes
                      const __grid_constant__ RowsGemm<T> gemm) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using L = Layout<kTokens>;
@@ -141,7 +145,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 
   if (thread == 0)
     for (int s = 0; s < kStages; ++s) {
-      ptx::mbarrier_init(full + 8 * s, kGather ? 1 + kWarpgroup : 1);
+      ptx::mbarrier_init(full + 8 * s, 1);
       ptx::mbarrier_init(empty + 8 * s, 8);  // multiplying warps
     }
   if (warp == 0) {
@@ -175,70 +179,29 @@ __global__ void __launch_bounds__(kThreads, 1)
   };
 
   if (warp < 4) {  // fetches
-    ptx::fewer_registers<48>();
+    ptx::fewer_registers<kFetchRegisters>();
+    if (thread != 0) return;
     int stage = 0;
     uint32_t phase = 0;
-    if (!kGather && thread != 0) return;
-    // A stage of gathered rows is announced kLag stages later, when it has landed. The fence is here and not with those who
-    // multiply: there it would wait for their own memory traffic in each step.
-    constexpr int kLag = 2;
-    int under_way = 0, unannounced = 0;  // stages; the oldest of them
-    const auto announce = [&](auto groups_left) {
-      ptx::cp_async_wait<decltype(groups_left)::value>();
-      ptx::fence_async_proxy();
-      ptx::mbarrier_arrive(full + 8 * unannounced);
-      if (++unannounced == kStages) unannounced = 0;
-    };
-    const int chunk = thread % 8, row0 = thread / 8;  // of the gathered rows: 16 bytes of every 16th
-    const uint32_t to = row0 * 128 + ((chunk ^ (row0 & 7)) << 4);
     for (int number = static_cast<int>(blockIdx.x); number < num_tiles; number += static_cast<int>(gridDim.x)) {
       const Tile tile = tile_at(number);
-      int sources[kTokens / 16];  // -1: no token
-      if constexpr (kGather) {
-#pragma unroll
-        for (int i = 0; i < kTokens / 16; ++i) {
-          const int row = tile.first_row + row0 + 16 * i;
-          const int source = row < tile.end_row ? gemm.source_rows[row] : -1;
-          sources[i] = source < gemm.num_sources ? source : -1;
-        }
-      }
       for (int step = 0; step < num_steps; ++step) {
         const int k = step * kDepth;
         const uint32_t at = memory + stage * L::kStageBytes, barrier = full + 8 * stage;
         ptx::mbarrier_wait(empty + 8 * stage, phase ^ 1);
-        if (thread == 0) {
-          ptx::mbarrier_arrive_expect(barrier, kWeightBytes + (kGather ? 0 : L::kTokenBytes));
+        ptx::mbarrier_arrive_expect(barrier, L::kStageBytes);
 #pragma unroll
-          for (int half = 0; half < 2; ++half)
-            ptx::tensor_copy_4d(at + half * (kWeightBytes / 2), &weights, k, tile.first_column + (kGated ? 0 : half * kWeightRows),
-                                kGated ? half : 0, tile.expert, barrier);
-          if constexpr (!kGather) ptx::tensor_copy_2d(at + kWeightBytes, &tokens, k, tile.first_row, barrier);
-        }
-        if constexpr (kGather) {
-          const T* column = gemm.x + k + chunk * 8;
-          const bool inside = k + chunk * 8 < gemm.depth;
-#pragma unroll
-          for (int i = 0; i < kTokens / 16; ++i) {
-            const bool read = inside && sources[i] >= 0;
-            ptx::cp_async16(at + kWeightBytes + to + i * 2048, read ? column + sources[i] * gemm.x_stride : gemm.x, read ? 16 : 0);
-          }
-          ptx::cp_async_commit();
-          if (++under_way > kLag) {
-            announce(std::integral_constant<int, kLag>());
-            --under_way;
-          }
-        }
+        for (int half = 0; half < 2; ++half)
+          ptx::tensor_copy_4d(at + half * (kWeightBytes / 2), &weights, k,
+                              tile.first_column + (kGated ? 0 : half * kWeightRows), kGated ? half : 0, tile.expert, barrier);
+        ptx::tensor_copy_2d(at + kWeightBytes, &tokens, k, tile.first_row, barrier);
         if (++stage == kStages) stage = 0, phase ^= 1;
       }
-    }
-    if constexpr (kGather) {
-      if (under_way > 1) announce(std::integral_constant<int, 1>());
-      if (under_way > 0) announce(std::integral_constant<int, 0>());
     }
     return;
   }
 
-  ptx::more_registers<232>();
+  ptx::more_registers<kMultiplyRegisters>();
   const int group = warp / 4 - 1, warp_of_group = warp % 4;
   // its two blocks of 64 features in a stage: of the gate and of up, or neighbours
   const uint32_t block0 = (kGated ? group * 64 : group * 128) * 128;
@@ -294,7 +257,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     // the kind is asked once, not for each value: with a branch a value the code did not fit the instruction cache, and the
     // rest of a tile took 22 us on an H200
-    if constexpr (kGather) switch (static_cast<ActivationKind>(gemm.activation.kind)) {
+    if constexpr (kActivates) switch (static_cast<ActivationKind>(gemm.activation.kind)) {
         case ActivationKind::silu: activate<ActivationKind::silu, kGated>(sums, gemm.activation); break;
         case ActivationKind::gelu: activate<ActivationKind::gelu, kGated>(sums, gemm.activation); break;
         case ActivationKind::gelu_tanh: activate<ActivationKind::gelu_tanh, kGated>(sums, gemm.activation); break;

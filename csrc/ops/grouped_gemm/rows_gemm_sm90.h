@@ -8,12 +8,12 @@
 
 namespace moe::sm90 {
 
-// out[r] = weights[e] @ x[source_rows[r]] + bias[e] for the rows r of each expert e; rows of nobody are not written.
-// With source_rows there must be an activation, and out is its result on that; a gated one takes gate and up from the two halves of the weights' rows, or from
-// every other row where they are interleaved.
-//   x [num_sources, depth]; source_rows [num_rows] or null: x's own rows; weights [num_experts, rows, depth]; bias null or
-//   [num_experts, rows]; expert_offsets [num_experts + 1] int32; out [num_rows, num_columns] contiguous
-void multiply_rows(const char* op, const DeviceScope& scope, const Tensor& x, const Tensor* source_rows, const Tensor& weights,
+// out[r] = weights[e] @ x[r] + bias[e] for the rows r of each expert e, or an activation of that: a gated one takes gate and
+// up from the two halves of the weights' rows, or from every other row where they are interleaved. Rows of nobody are not
+// written.
+//   x [num_rows, depth]; weights [num_experts, rows, depth]; bias null or [num_experts, rows]; expert_offsets
+//   [num_experts + 1] int32; activation null or one; out [num_rows, num_columns] contiguous
+void multiply_rows(const char* op, const DeviceScope& scope, const Tensor& x, const Tensor& weights,
                    const std::optional<Tensor>& bias, const Tensor& expert_offsets, const Activation* activation,
                    bool interleaved, Tensor& out);
 

@@ -183,6 +183,8 @@ unsigned row_blocks(const char* op, int64_t hidden_size, int64_t num_blocks) {
   return static_cast<unsigned>(num_blocks);
 }
 
+}  // namespace
+
 Tensor permute_cuda(const Tensor& hidden_states_in, const Tensor& source_rows_in) {
   const Tensor hidden_states = with_contiguous_rows(hidden_states_in);
   const Tensor source_rows = torch::stable::contiguous(source_rows_in);
@@ -210,7 +212,6 @@ Tensor permute_cuda(const Tensor& hidden_states_in, const Tensor& source_rows_in
   return rows;
 }
 
-}  // namespace
 
 Tensor unpermute_cuda(const Tensor& rows_in, const Tensor& permuted_rows_in, const std::optional<Tensor>& topk_weights) {
   const Tensor rows = with_contiguous_rows(rows_in);

@@ -12,15 +12,16 @@ from moe_kernels._checks import (
     shape_error,
     value_error,
 )
-from moe_kernels._dispatch import Backend, autocast, autocast_enabled, resolve
+from moe_kernels._dispatch import Backend, autocast, autocast_enabled, missing_reason, resolve
 from moe_kernels.activation import Activation
-from moe_kernels.ops.expert_ffn import autograd, reference
+from moe_kernels.ops.expert_ffn import autograd, native, reference
 from moe_kernels.ops.grouped_gemm.api import check_bias, check_prepacked, check_quantized
 from moe_kernels.ops.grouped_gemm.prepacked import PrepackedWeights
 from moe_kernels.ops.quantize.quantized import QuantizedWeights
 
 _OP = "expert_ffn"
-_QUANTIZED_OP = "expert_ffn of quantised weights"  # kernels for the CPU alone
+# what has other kernels
+_QUANTIZED_OP, _TRAINING_OP = "expert_ffn of quantised weights", "expert_ffn with gradients"
 _SILU = Activation()
 
 
@@ -47,10 +48,15 @@ def expert_ffn(
 
     A pair whose id is outside [0, num_experts) is skipped: it adds zero and gets zero gradient.
 
-    One function for decode and prefill; it materialises neither permuted inputs nor permuted outputs. Everything
-    between the input and the output is float32 (float64 for float64) except ``a``, which is rounded to the dtype of the
-    weights. Sums run in one fixed order (a token adds its experts in rising order of their ids), so a token's output
-    has the same bits whatever tokens stand beside it and however many threads run.
+    One function for decode and prefill. Everything between the input and the output is float32 (float64 for float64)
+    except ``a``, which is rounded to the dtype of the weights. Sums run in one fixed order, so a token's output has the
+    same bits whatever tokens stand beside it and however many threads run.
+
+    On the CPU neither permuted inputs nor permuted outputs exist, and a token adds its experts in rising order of their
+    ids. On a GPU the experts' outputs are rounded to the dtype of the weights and lie in one tensor [num_tokens *
+    top_k, hidden_size]; a token adds them in the order of ``topk_ids``' columns. The kernels there are CUDA C++ on
+    compute capability 9.0 for bfloat16 and float16 where no gradient is needed (sizes multiples of 8, weights
+    [num_experts, out, in] with 16-byte aligned rows), else Triton.
 
     Args:
         hidden_states: [num_tokens, hidden_size], float32, bfloat16, float16 or float64, any strides.
@@ -155,7 +161,21 @@ def expert_ffn(
             down_bias=down_bias,
         )
 
-    chosen = resolve(_QUANTIZED_OP if quantized else _OP, backend, device_type)
+    needs_grad = torch.is_grad_enabled() and (
+        hidden_states.requires_grad
+        or topk_weights.requires_grad
+        or gate_up_proj.requires_grad
+        or down_proj.requires_grad
+        or (gate_up_bias is not None and gate_up_bias.requires_grad)
+        or (down_bias is not None and down_bias.requires_grad)
+    )
+    chosen = resolve(_QUANTIZED_OP if quantized else _TRAINING_OP if needs_grad else _OP, backend, device_type)
+    if chosen == "native" and device_type == "cuda":
+        misfit = native.cuda_misfit(hidden_states, gate_up_proj, down_proj)
+        if misfit is not None:
+            if backend == "native":
+                raise value_error(_OP, *misfit, "use backend='triton'")
+            chosen = "triton" if missing_reason(_OP, "triton", device_type) is None else "reference"
     num_splits = 2 if activation.gated else 1
     weights = (gate_up_proj, down_proj)
     if packed:
@@ -174,14 +194,7 @@ def expert_ffn(
     if packed or quantized:
         weights = (gate_up_proj.data, down_proj.data)
     arguments = (hidden_states, topk_ids, topk_weights, *weights, gate_up_bias, down_bias)
-    if torch.is_grad_enabled() and (
-        hidden_states.requires_grad
-        or topk_weights.requires_grad
-        or gate_up_proj.requires_grad
-        or down_proj.requires_grad
-        or (gate_up_bias is not None and gate_up_bias.requires_grad)
-        or (down_bias is not None and down_bias.requires_grad)
-    ):
+    if needs_grad:
         held = (gate_up_proj, down_proj) if quantized else None
         return autograd.ExpertFFN.apply(*arguments, activation, interleaved, held, chosen)
     arguments = (*arguments, *activation.kernel_arguments(), interleaved, gate_up_size, False)

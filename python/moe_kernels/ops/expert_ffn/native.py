@@ -1,6 +1,7 @@
 """Schemas, fakes and handles of the compiled expert FFN ops (csrc/ops/expert_ffn)."""
 
 import torch
+from torch import Tensor
 
 from moe_kernels.ops.grouped_gemm.native import is_transposed, new_weight_grad
 
@@ -31,6 +32,24 @@ torch.library.define(
 
 expert_ffn = torch.ops.moe_kernels.expert_ffn.default
 expert_ffn_backward = torch.ops.moe_kernels.expert_ffn_backward.default
+
+
+def cuda_misfit(hidden_states: Tensor, gate_up_proj: Tensor, down_proj: Tensor) -> tuple[str, str, object] | None:
+    """What keeps tensors from the CUDA kernels (csrc/ops/grouped_gemm/rows_gemm_sm90.cuh): the argument, what it must
+    be, what it is. None where they fit: tensor copies want addresses and strides that are multiples of 16 bytes."""
+    if hidden_states.dtype not in (torch.bfloat16, torch.float16):
+        return "hidden_states", "bfloat16 or float16 for the CUDA kernels", hidden_states.dtype
+    if hidden_states.shape[1] % 8 or down_proj.shape[2] % 8:
+        sizes = (hidden_states.shape[1], down_proj.shape[2])
+        return "hidden_size and intermediate_size", "multiples of 8 for the CUDA kernels", sizes
+    if gate_up_proj.shape[0] > 1024:  # a block keeps a number for each in shared memory
+        return "num_experts", "at most 1024 for the CUDA kernels", gate_up_proj.shape[0]
+    for name, weights in (("gate_up_proj", gate_up_proj), ("down_proj", down_proj)):
+        if weights.stride(2) != 1 or weights.stride(1) % 8 or weights.stride(0) % 8:
+            return f"{name}.stride()", "(8 i, 8 j, 1) for the CUDA kernels", weights.stride()
+        if not torch.compiler.is_compiling() and weights.data_ptr() % 16:  # the kernel checks again
+            return f"{name}.data_ptr()", "a multiple of 16 for the CUDA kernels", weights.data_ptr()
+    return None
 
 
 @torch.library.register_fake("moe_kernels::expert_ffn")
