@@ -18,13 +18,13 @@ ALLOWED = {
     "_dispatch": {"_extension", "env"},
     "memory": {"_extension"},
     "native": set(),
-    "triton": set(),
+    "triton": {"activation", "native"},
     "autograd": {"native", "triton", "activation"},
     "reference": {"activation"},
     "api": {"_checks", "_dispatch", "activation", "autograd", "native", "reference"},
 }
 #: files of a room beyond the six, each of them data that other rooms may read
-DATA_FILES = {"plan", "prepacked", "quantized", "token_filter"}
+DATA_FILES = {"plan", "prepacked", "quantized", "tiles", "token_filter"}
 #: rooms in plain PyTorch: their results are what other rooms' kernels read, and no gradient flows through them
 WITHOUT_KERNELS = {"quantize"}
 #: files of a room that hold more of its public functions: they may import what api may, and api

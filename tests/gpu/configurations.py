@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -42,7 +43,24 @@ SHIPPED_KERNELS = {
 
 def shipped_configurations() -> list[Configuration]:
     """Every kernel of libmoe_kernels_cuda.so, as it lies there: nothing is compiled here."""
-    return [_shipped(key, name) for key, (_, name) in shipped.ptx().items()]
+    return [(_sm90 if "4sm90" in key else _shipped)(key, name) for key, (_, name) in shipped.ptx().items()]
+
+
+def _sm90(key: str, name: str) -> Configuration:
+    """rows_gemm_sm90.cuh: products by wgmma of what tensor copies brought, and no others."""
+    dtype, tokens, activates, gated = re.search(r"INS_4(\w\w16)ELi(\d+)ELb(\d)ELb(\d)E", key).groups()
+    staging, stage = 8 * min(int(tokens), 64) * 32, (2 * 128 + int(tokens)) * 128
+    shared = 1024 + (220 * 1024 - staging) // stage * stage + staging
+    # the epilogues of gelu and gelu_tanh, beside 128 sums, keep up to two values in memory
+    spilled = dict(spills=12, stack=8) if tokens == "128" and activates == "1" else {}
+    limits = Limits(
+        registers=168, min_occupancy=12 / 64, **spilled, at_least={"tensor": 8, "async copy": 3},
+        at_most={"mma.sync": 0, "fp64": 0, "float atomic": 0, "local": 6 if spilled else 0},
+    )  # fmt: skip
+    shown = (
+        f"rows_gemm {dtype} {tokens} tokens{' gated' if gated == '1' else ' activating' if activates == '1' else ''}"
+    )
+    return Configuration(shown, name, 384, lambda arch: (shipped.cubins(arch)[key][0], shared), limits, ("sm_90a",))
 
 
 def _shipped(key: str, name: str) -> Configuration:
@@ -95,6 +113,16 @@ TRITON_KERNELS = {
     "permute": {"_permute_kernel": 2},
     "unpermute": {"_unpermute_kernel": 2},
     "unpermute_bwd": {"_unpermute_bwd_kernel": 3},
+    "expert_ffn": {"_gate_up_kernel": 4, "_grouped_gemm_kernel": 8},
+    "expert_ffn, few tokens": {"_gate_up_kernel": 1, "_grouped_gemm_kernel": 2},
+    "expert_ffn saving": {"_gate_up_kernel": 12},
+    "expert_ffn_bwd": {
+        "_grad_act_kernel": 20,
+        "_weight_grad_kernel": 8,
+        "_row_weights_kernel": 0,
+        "_grad_weights_kernel": 0,
+        "_bias_grad_kernel": 0,
+    },
     "route": {"_route_kernel": 0},
     "route of groups": {"_route_kernel": 0},
     "route_weights": {"_route_weights_kernel": 0},
@@ -115,6 +143,10 @@ def _triton_launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "permute": lambda: permute.permute(x, source_rows),
         "unpermute": lambda: permute.unpermute(rows, source_rows.view(16, 8), weights),
         "unpermute_bwd": lambda: permute.unpermute_backward(x, rows, weights, source_rows, source_rows.view(16, 8)),
+        "expert_ffn": lambda: _expert_ffn(1024, dtype, save=False),
+        "expert_ffn, few tokens": lambda: _expert_ffn(16, dtype, save=False),
+        "expert_ffn saving": lambda: _expert_ffn(1024, dtype, save=True),
+        "expert_ffn_bwd": lambda: _expert_ffn(1024, dtype, backward=True),
         "route": lambda: route.route(logits.to(dtype), None, 8, 0, True, 1.0, 1, 1, 0, 0),
         "route of groups": lambda: route.route(
             torch.zeros(16, 256, dtype=dtype), torch.zeros(256), 8, route.SIGMOID, True, 2.5, 8, 4, route.TOP2_SUM, 0
@@ -124,15 +156,43 @@ def _triton_launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     }  # fmt: skip
 
 
+def _expert_ffn(num_tokens: int, dtype: torch.dtype, save: bool = True, backward: bool = False) -> None:
+    """Experts of Qwen3-30B-A3B, one in sixteen of them."""
+    from moe_kernels import Activation
+    from moe_kernels.ops.expert_ffn import triton as expert_ffn
+
+    ids, weights = torch.zeros(num_tokens, 8, dtype=torch.int32), torch.ones(num_tokens, 8)
+    x, h = torch.empty(num_tokens, 2048, dtype=dtype), torch.empty(num_tokens * 8, 1536, dtype=dtype)
+    experts = torch.empty(8, 1536, 2048, dtype=dtype), torch.empty(8, 2048, 768, dtype=dtype)
+    activation = (*Activation().kernel_arguments(), False)
+    if backward:
+        asked = [True] * 6
+        expert_ffn.expert_ffn_backward(x, x, ids, weights, *experts, None, h, *activation, *asked)
+    else:
+        expert_ffn.expert_ffn(x, ids, weights, *experts, None, None, *activation, 1536, save)
+
+
+#: threads of a block where they are not 128 (routes: 32); what tiles of 128 rows are multiplied by
+TRITON_THREADS = {
+    ("expert_ffn", "_gate_up_kernel"): 256, ("expert_ffn", "_grouped_gemm_kernel"): 256,
+    ("expert_ffn saving", "_gate_up_kernel"): 256, ("expert_ffn_bwd", "_grad_act_kernel"): 256,
+    ("expert_ffn_bwd", "_weight_grad_kernel"): 256,
+}  # fmt: skip
+#: bytes that a thread may keep in memory after the loop: gate, up and what is made of them are more than 255 registers
+TRITON_SPILLS = {"expert_ffn saving": 96, "expert_ffn_bwd": 16}
+
+
 def shipped_triton_configurations() -> list[Configuration]:
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         for launch, call in _triton_launches(dtype).items():
             if launch == "plan" and dtype != torch.float32:
                 continue  # integers
-            threads = 32 if launch.startswith("route") else 128
+            if launch.startswith("expert_ffn") and dtype == torch.float32:
+                continue  # no tensor cores: nothing to look for
             compiled = functools.cache(lambda capability, call=call: triton_on_ptx.compiled(capability, call))
             for name, wide in TRITON_KERNELS[launch].items():
+                threads = TRITON_THREADS.get((launch, name), 32 if launch.startswith("route") else 128)
 
                 def pick(capability: int, name=name, threads=threads, compiled=compiled) -> build.Compiled:
                     kernel = compiled(capability)[name]
@@ -141,7 +201,17 @@ def shipped_triton_configurations() -> list[Configuration]:
 
                 # the scatter's programs, one for 256 pairs, are too few to fill a GPU
                 occupancy = 0.1 if name == "_plan_scatter_kernel" else 0.25
+                if launch.startswith("expert_ffn") and wide:  # products: few blocks, whose stages hide the waiting
+                    occupancy = 0.06
                 limits = Limits(min_occupancy=occupancy, at_least={"128-bit global": wide} if wide else {})
+                if launch in TRITON_SPILLS:
+                    spills = TRITON_SPILLS[launch]
+                    limits = replace(
+                        limits,
+                        spills=spills,
+                        stack=spills,
+                        at_most={"local": spills // 2, "fp64": 0, "float atomic": 0},
+                    )
                 shown = f"{launch} {name} {str(dtype)[6:]} (Triton)"
                 found.append(Configuration(shown, name, threads, from_triton(pick), limits))
     return found

@@ -41,6 +41,7 @@ DEVICES = {
 #: SASS mnemonics by what they are
 GROUPS = {
     "tensor": r"(HMMA|IMMA|QMMA|HGMMA|IGMMA|QGMMA|UTC\w*MMA)\b",
+    "mma.sync": r"HMMA\b",
     "async copy": r"(LDGSTS|UTMALDG|UTMASTG|UBLKCP)\b",
     "128-bit global": r"(LDG|STG)\.(\w+\.)*128\b",
     "global": r"(LDG|STG)\b",

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moe_kernels.activation import KINDS
+from moe_kernels.ops.expert_ffn.native import is_transposed, new_weight_grad
 from moe_kernels.ops.grouped_gemm import triton as gemm
-from moe_kernels.ops.grouped_gemm.native import is_transposed, new_weight_grad
 from moe_kernels.ops.grouped_gemm.tiles import plan_tiles, power_of_2
 from moe_kernels.ops.permute import triton as permutation
 
