@@ -182,6 +182,7 @@ MUTANTS = [
     ("wgmma.fence is gone", drop(r"wgmma\.fence[^;]*;"), "wgmma", 0),
     ("stages are never given back", drop(r"mbarrier\.arrive\.shared[^;]*;"), "livelock", 0),
     ("staged rows are read too early", drop(r"bar\.warp\.sync[^;]*;", -1), "race|uninit", 0),
+    ("registers that there are not", lambda t: re.sub(r"(setmaxnreg.dec\S* )40", r"\g<1>48", t), "registers", 0),
     ("shared memory is short", lambda t: t, "out of bounds", -1024 - 64),
     ("one block of weights is not fetched", drop(r"cp\.async\.bulk\.tensor\.4d[^;]*;"), "livelock|uninit", 0),
 ]  # fmt: skip

@@ -78,9 +78,19 @@ def build_trap(ins, c):
     return run
 
 
-@operation("brkpt", "pmevent", "nanosleep", "griddepcontrol", "setmaxnreg")
+@operation("brkpt", "pmevent", "nanosleep", "griddepcontrol")
 def build_nothing(ins, c):
     return lambda m, i: None
+
+
+@operation("setmaxnreg")
+def build_setmaxnreg(ins, c):
+    count = ins.operands[0].value
+
+    def run(m, i):
+        m.warp_registers[np.unique(m.warp_of[i])] = count
+
+    return run
 
 
 @operation("extern")

@@ -48,6 +48,9 @@ class Machine:
         self.registers = [_register(type_, self.n) for type_ in program.types]
         self.global_memory = launch.global_space
         self.parameters = launch.parameter_space
+        # of a thread in each warp; at launch at most what the file of 65536 holds for all, in eights
+        self.pool = min(65536 // self.threads_per_block // 8 * 8, 255) * self.warps_per_block
+        self.warp_registers = np.full(self.n >> 5, self.pool // self.warps_per_block)
         self.shared = Space("shared", program.shared_size(launch.shared_bytes), len(blocks))
         for start, size in program.shared_ranges(launch.shared_bytes):
             self.shared.allow(start, size)
@@ -120,8 +123,18 @@ class Machine:
             picked = self._pick()
             if picked is None:
                 bulk.finish_kernel(self)
+                self._check_registers()
                 return
             self._straight(*picked)
+
+    def _check_registers(self) -> None:
+        """setmaxnreg takes only what a block's other warps gave up: a GPU waits for the rest for ever."""
+        wanted = self.warp_registers.reshape(-1, self.warps_per_block).sum(1).max()
+        if wanted > self.pool:
+            raise Fault(
+                "registers",
+                f"setmaxnreg asks for {wanted * 32} in a block that is launched with at most {self.pool * 32}",
+            )
 
     def _pick(self):
         runnable = self.status == RUNNABLE
