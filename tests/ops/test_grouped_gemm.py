@@ -281,8 +281,11 @@ def test_registration(backend, layout):
     torch.library.opcheck(native.grouped_gemm_bias_grad, (torch.randn(4, 5), offsets))
 
 
+@pytest.mark.on_gpus
 @pytest.mark.parametrize("layout", ["plain", "transposed"])
-def test_compile(backend, layout):
+def test_compile(backend, kernel_id, layout):
+    if kernel_id == "triton-ptx":
+        pytest.skip("minutes; what it runs is not compiled anew")
     weights = torch.randn(2, 5, 3)
     if layout == "transposed":
         weights = transposed(weights)

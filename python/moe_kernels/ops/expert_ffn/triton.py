@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels._opaque import opaque
 from moe_kernels.activation import KINDS
 from moe_kernels.ops.expert_ffn.native import is_transposed, new_weight_grad
 from moe_kernels.ops.grouped_gemm import triton as gemm
@@ -402,7 +403,7 @@ def _activation(
     return ((1, 2) if interleaved else (intermediate_size, 1)), constants
 
 
-def expert_ffn(
+def _expert_ffn(
     hidden_states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
@@ -444,7 +445,7 @@ def expert_ffn(
     return permutation.unpermute(y, permuted_rows, topk_weights), h
 
 
-def expert_ffn_backward(
+def _expert_ffn_backward(
     grad_out: Tensor,
     hidden_states: Tensor | None,
     topk_ids: Tensor,
@@ -531,3 +532,7 @@ def expert_ffn_backward(
                     BLOCK_HIDDEN=power_of_2(hidden_size, 16, BLOCK_HIDDEN),
                 )  # fmt: skip
     return grad_hidden_states, grad_topk_weights, grad_gate_up, grad_down, grad_gate_up_bias, grad_down_bias
+
+
+expert_ffn = opaque("expert_ffn", _expert_ffn)
+expert_ffn_backward = opaque("expert_ffn_backward", _expert_ffn_backward)

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moe_kernels._opaque import opaque
 from moe_kernels.ops.grouped_gemm.native import new_weight_grad
 from moe_kernels.ops.grouped_gemm.tiles import Tiles, num_tiles, plan_tiles, plan_weight_grad_tiles, power_of_2
 
@@ -322,7 +323,7 @@ def multiply_rows(
     return out
 
 
-def grouped_gemm(
+def _grouped_gemm(
     rows: Tensor, expert_weights: Tensor, expert_offsets: Tensor, bias: Tensor | None, out_features: int
 ) -> Tensor:
     expert_offsets = expert_offsets.contiguous()
@@ -368,11 +369,16 @@ def bias_grad(grad: Tensor, row_weights: Tensor | None, expert_offsets: Tensor) 
     return out
 
 
-def grouped_gemm_weight_grad(grad_out: Tensor, rows: Tensor, expert_offsets: Tensor, transposed: bool) -> Tensor:
+def _grouped_gemm_weight_grad(grad_out: Tensor, rows: Tensor, expert_offsets: Tensor, transposed: bool) -> Tensor:
     expert_offsets = expert_offsets.contiguous()
     out = new_weight_grad(rows, expert_offsets.shape[0] - 1, grad_out.shape[1], rows.shape[1], transposed)
     return weight_grad(grad_out, rows, expert_offsets, out)
 
 
-def grouped_gemm_bias_grad(grad_out: Tensor, expert_offsets: Tensor) -> Tensor:
+def _grouped_gemm_bias_grad(grad_out: Tensor, expert_offsets: Tensor) -> Tensor:
     return bias_grad(grad_out, None, expert_offsets.contiguous())
+
+
+grouped_gemm = opaque("grouped_gemm", _grouped_gemm)
+grouped_gemm_weight_grad = opaque("grouped_gemm_weight_grad", _grouped_gemm_weight_grad)
+grouped_gemm_bias_grad = opaque("grouped_gemm_bias_grad", _grouped_gemm_bias_grad)
