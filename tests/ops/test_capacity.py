@@ -120,6 +120,7 @@ def test_registration_and_compile(backend):
 
 def test_expert_capacity():
     assert expert_capacity(100, 8, 1.25) == 16  # ceil(15.625)
+    assert expert_capacity(100, 10, 1.1) == 11  # 100 * 1.1 / 10 is 11.000000000000002
     assert expert_capacity(100, 8, 1.0, top_k=2) == 25
     assert expert_capacity(3, 8, 1.0, min_capacity=4) == 4
     assert expert_capacity(0, 8, 1.0) == 0

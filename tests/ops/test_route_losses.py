@@ -268,3 +268,50 @@ def test_bad_input():
             call()
     with pytest.raises(TypeError, match="token_mask must be torch.bool"):
         z_loss(logits, token_mask=torch.ones(3))
+
+
+LOSSES = {
+    "balance": lambda logits, mask: balance_loss(logits, route(logits.detach(), TOP_K)[0], token_mask=mask),
+    "sigmoid": lambda logits, mask: balance_loss(
+        logits, route(logits.detach(), TOP_K)[0], score="sigmoid", token_mask=mask
+    ),
+    "z": lambda logits, mask: z_loss(logits, token_mask=mask),
+    "entropy": lambda logits, mask: entropy_loss(logits, token_mask=mask),
+    "consistency": lambda logits, mask: consistency_loss(logits, 2 * logits, token_mask=mask),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("padding", [float("nan"), float("inf"), float("-inf")])
+def test_padding_has_no_gradient(name, padding):
+    logits = torch.randn(NUM_TOKENS, NUM_EXPERTS, dtype=torch.float64)
+    mask = torch.arange(NUM_TOKENS) % 3 > 0
+    expected_logits = logits[mask].requires_grad_()
+    expected = LOSSES[name](expected_logits, None)
+    (expected_grad,) = torch.autograd.grad(expected, expected_logits)
+    logits[~mask] = padding
+    loss = LOSSES[name](logits.requires_grad_(), mask)
+    (grad,) = torch.autograd.grad(loss, logits)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(grad[mask], expected_grad)
+    assert torch.equal(grad[~mask], torch.zeros_like(grad[~mask]))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_token_without_an_expert_does_not_count(name):
+    logits = torch.randn(NUM_TOKENS, NUM_EXPERTS)
+    mask = torch.arange(NUM_TOKENS) % 4 > 0
+    logits[~mask] = -torch.inf
+    logits.requires_grad_()
+    loss = LOSSES[name](logits, None)
+    assert torch.equal(loss, LOSSES[name](logits, mask)) and loss.isfinite()
+    assert torch.autograd.grad(loss, logits)[0].isfinite().all()
+
+
+def test_consistency_of_classes_that_both_leave_out():
+    logits = torch.randn(4, 5, dtype=torch.float64)
+    expected = consistency_loss(logits[:, 1:], logits[:, 1:] ** 2)
+    padded = torch.cat([torch.full((4, 1), -torch.inf), logits[:, 1:]], 1).requires_grad_()
+    loss = consistency_loss(padded, torch.cat([padded[:, :1], padded[:, 1:] ** 2], 1))
+    torch.testing.assert_close(loss, expected)
+    assert torch.autograd.grad(loss, padded)[0].isfinite().all()

@@ -465,7 +465,7 @@ def test_bad_input():
         (lambda: route_weights(logits, torch.zeros(2, 1).int()), r"topk_ids must be of shape \[num_tokens=3, top_k\]"),
         (lambda: route_two_level(logits, torch.randn(3, 12), 1, 1), "num_groups must be a divisor of num_experts=12"),
         (lambda: route_two_level(logits[:, :4], logits, 1, 3), r"top_k must be in \[0, group size=2\], got 3"),
-        (lambda: route_two_level(logits[:, :4], logits, 5, 1), r"top_k must be in \[0, num_experts=4\], got 5"),
+        (lambda: route_two_level(logits[:, :4], logits, 5, 1), r"top_groups must be in \[0, num_groups=4\], got 5"),
         (lambda: cosine_logits(logits, torch.randn(4, 7)), r"must be of shape \[num_experts, size=8\], got \[4, 7\]"),
         (lambda: cosine_logits(logits, logits, 0.0), "temperature must be above 0, got 0.0"),
         (lambda: identity_weights(torch.zeros(3, 2).int(), logits, 8), "topk_weights must be of shape"),

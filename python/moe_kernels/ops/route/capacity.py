@@ -74,7 +74,9 @@ def limit_capacity(
 def expert_capacity(
     num_tokens: int, num_experts: int, capacity_factor: float, *, top_k: int = 1, min_capacity: int = 0
 ) -> int:
-    """``max(ceil(num_tokens * top_k * capacity_factor / num_experts), min_capacity)``.
+    """``max(ceil(num_tokens * top_k / num_experts * capacity_factor), min_capacity)``.
+
+    In that order of operations, DeepSpeed's and Megatron's: a factor of 1.1 must not round one up where theirs does not.
 
     GShard and DeepSpeed leave ``top_k`` at 1 and have larger factors; Megatron multiplies by it; for
     :func:`route_expert_choice` the factor is the mean number of experts of a token.
@@ -83,4 +85,4 @@ def expert_capacity(
         raise value_error("expert_capacity", "num_experts", "at least 1", num_experts)
     if not capacity_factor >= 0:
         raise value_error("expert_capacity", "capacity_factor", "at least 0", capacity_factor)
-    return max(math.ceil(num_tokens * top_k * capacity_factor / num_experts), min_capacity)
+    return max(math.ceil(num_tokens * top_k / num_experts * capacity_factor), min_capacity)

@@ -36,7 +36,8 @@ def balance_loss(
             pick.
         scale: "hf" or "megatron".
         score: "softmax", or "sigmoid" divided by its sum over the experts (DeepSeek-V3).
-        token_mask: [num_tokens] bool, False for padding.
+        token_mask: [num_tokens] bool, False for padding. A token without an expert (every logit -inf) does not count
+            either, here and in the other losses.
         num_null_experts: how many of the last experts are null.
         expert_fractions: [num_experts], f over more tokens than these (all ranks, all accumulated batches), on the
             scale wanted; None computes it from ``topk_ids``.
@@ -54,12 +55,12 @@ def balance_loss(
         raise value_error("balance_loss", "scale", f"one of {', '.join(SCALES)}", repr(scale))
     if not 0 <= num_null_experts <= num_experts:
         raise value_error("balance_loss", "num_null_experts", f"in [0, num_experts={num_experts}]", num_null_experts)
-    logits = _wide(logits)
+    logits, counted = _counted("balance_loss", token_mask, logits)
     scores = logits.softmax(1) if score == "softmax" else F.normalize(logits.sigmoid(), p=1, dim=1)
-    mean_scores = _mean(scores, _mask("balance_loss", token_mask, logits))
+    mean_scores = _mean(scores, counted)
     if expert_fractions is None:
-        counts = expert_counts(topk_ids, num_experts, token_mask=token_mask).to(logits.dtype)
-        whole = counts.sum() if scale == "megatron" else _num_counted(token_mask, logits)
+        counts = expert_counts(topk_ids, num_experts, token_mask=counted).to(logits.dtype)
+        whole = counts.sum() if scale == "megatron" else counted.sum().to(logits.dtype)
         expert_fractions = counts / whole.clamp(min=1)
     elif expert_fractions.shape != (num_experts,):
         raise shape_error("balance_loss", "expert_fractions", f"[num_experts={num_experts}]", expert_fractions)
@@ -76,8 +77,8 @@ def z_loss(logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
     Source: ST-MoE, arXiv 2202.08906.
     """
     check_logits("z_loss", logits)
-    logits = _wide(logits)
-    return _mean(logits.logsumexp(1).square(), _mask("z_loss", token_mask, logits))
+    logits, counted = _counted("z_loss", token_mask, logits)
+    return _mean(logits.logsumexp(1).square(), counted)
 
 
 def entropy_loss(logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
@@ -88,11 +89,11 @@ def entropy_loss(logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
     Source: Huang et al., arXiv 2403.07652, beside a balance loss.
     """
     check_logits("entropy_loss", logits)
-    logits = _wide(logits)
+    logits, counted = _counted("entropy_loss", token_mask, logits)
     log_probs = logits.log_softmax(1)
     probs = log_probs.exp()
     entropy = -(probs * log_probs.masked_fill(probs == 0, 0)).sum(1)  # 0 log 0 = 0
-    return _mean(entropy, _mask("entropy_loss", token_mask, logits))
+    return _mean(entropy, counted)
 
 
 def consistency_loss(first_logits: Tensor, second_logits: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
@@ -111,10 +112,12 @@ def consistency_loss(first_logits: Tensor, second_logits: Tensor, *, token_mask:
     check_logits("consistency_loss", second_logits)
     if first_logits.shape != second_logits.shape:
         raise shape_error("consistency_loss", "second_logits", str(list(first_logits.shape)), second_logits)
-    p, q = _wide(first_logits).log_softmax(1), _wide(second_logits).log_softmax(1)
-    # KL(p||q) + KL(q||p) = sum (p - q) (log p - log q)
-    divergence = ((p.exp() - q.exp()) * (p - q)).sum(1) / 2
-    return _mean(divergence, _mask("consistency_loss", token_mask, p))
+    first_logits, counted = _counted("consistency_loss", token_mask, first_logits)
+    second_logits, counted = _counted("consistency_loss", counted, second_logits)
+    p, q = first_logits.log_softmax(1), second_logits.log_softmax(1)
+    # KL(p||q) + KL(q||p) = sum (p - q) (log p - log q); a class that both leave out adds 0, not -inf - (-inf)
+    divergence = ((p.exp() - q.exp()) * (p - q).masked_fill(p == q, 0)).sum(1) / 2
+    return _mean(divergence, counted)
 
 
 def localized_balance_loss(
@@ -204,24 +207,26 @@ def _wide(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
 
 
-def _mask(op: str, token_mask: Tensor | None, values: Tensor) -> Tensor | None:
-    if token_mask is not None:
-        if token_mask.shape != values.shape[:1]:
-            raise shape_error(op, "token_mask", f"[num_tokens={values.shape[0]}]", token_mask)
-        if token_mask.dtype != torch.bool:
-            raise dtype_error(op, "token_mask", torch.bool, token_mask)
+def _mask(op: str, token_mask: Tensor, values: Tensor) -> Tensor:
+    if token_mask.shape != values.shape[:1]:
+        raise shape_error(op, "token_mask", f"[num_tokens={values.shape[0]}]", token_mask)
+    if token_mask.dtype != torch.bool:
+        raise dtype_error(op, "token_mask", torch.bool, token_mask)
     return token_mask
 
 
-def _num_counted(token_mask: Tensor | None, values: Tensor) -> Tensor:
-    if token_mask is None:
-        return torch.tensor(values.shape[0], dtype=values.dtype, device=values.device)
-    return token_mask.sum().to(values.dtype)
+def _counted(op: str, token_mask: Tensor | None, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits in the dtype of the loss, 0 in rows that do not count, and which do: neither padding nor all -inf.
 
-
-def _mean(values: Tensor, token_mask: Tensor | None) -> Tensor:
-    """Mean over the first dimension, over the tokens that count; 0 where none does."""
+    Zeros before the nonlinearity: NaN or -inf behind it would reach the gradient, where 0 * NaN is NaN.
+    """
+    counted = (logits != -torch.inf).any(1)
     if token_mask is not None:
-        mask = token_mask if values.dim() == 1 else token_mask[:, None]
-        values = values.masked_fill(~mask, 0)  # not a product: padding may hold NaN
-    return values.sum(0) / _num_counted(token_mask, values).clamp(min=1)
+        counted = counted & _mask(op, token_mask, logits)
+    return _wide(logits).masked_fill(~counted[:, None], 0), counted
+
+
+def _mean(values: Tensor, counted: Tensor) -> Tensor:
+    """Mean over the first dimension, over the tokens that count; 0 where none does."""
+    mask = counted if values.dim() == 1 else counted[:, None]
+    return values.masked_fill(~mask, 0).sum(0) / counted.sum().to(values.dtype).clamp(min=1)

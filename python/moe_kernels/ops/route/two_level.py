@@ -52,6 +52,8 @@ def route_two_level(
     if num_groups < 1 or num_experts % num_groups:
         raise value_error("route_two_level", "num_groups", f"a divisor of num_experts={num_experts}", num_groups)
     group_size = num_experts // num_groups
+    if not 0 <= top_groups <= num_groups:
+        raise value_error("route_two_level", "top_groups", f"in [0, num_groups={num_groups}]", top_groups)
     if not 0 <= top_k <= group_size:
         raise value_error("route_two_level", "top_k", f"in [0, group size={group_size}]", top_k)
 
