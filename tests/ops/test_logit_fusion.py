@@ -412,3 +412,12 @@ def test_compile(backend):
             results.append((log_probs, *torch.autograd.grad(inner, [*tensors, weights])))
         for actual, expected in zip(*results, strict=True):
             assert torch.equal(actual, expected)
+
+
+@pytest.mark.with_reference
+def test_weights_in_a_list_have_gradients(backend):
+    sources, alpha = list(torch.randn(2, 3, 40)), torch.tensor(0.3, requires_grad=True)
+    (grad,) = torch.autograd.grad(fuse_logits(sources, [1.0, alpha], backend=backend)[:, 0].sum(), alpha)
+    weights = torch.tensor([1.0, 0.3], requires_grad=True)
+    (expected,) = torch.autograd.grad(fuse_logits(sources, weights, backend=backend)[:, 0].sum(), weights)
+    assert torch.equal(grad, expected[1])

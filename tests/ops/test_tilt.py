@@ -302,3 +302,12 @@ def test_bad_input():
             call()
     with pytest.raises(TypeError, match="direction must be a float, and float64 like all others or none"):
         tilt_stats(a, b.double(), [1.0])
+
+
+@pytest.mark.with_reference
+def test_no_gradient_goes_through_the_solution(backend):
+    base, direction = (torch.randn(3, 40, requires_grad=True) for _ in range(2))
+    values = torch.full((3,), 0.1, dtype=torch.float64, requires_grad=True)
+    assert not solve_tilt(base, direction, "kl", values, backend=backend).alpha.requires_grad
+    alpha = torch.ones(1, dtype=torch.float64, requires_grad=True)
+    assert not tilt_stats(base, direction, alpha, backend=backend).mean.requires_grad

@@ -175,7 +175,10 @@ def _check_sources(op: str, sources: list[Tensor], rows: Tensor | None) -> tuple
 def _weights(op: str, weights: Sequence[float] | Tensor, num_rows: int, num_sources: int, source: Tensor) -> Tensor:
     if not isinstance(weights, Tensor):
         dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
-        weights = torch.tensor(list(weights), dtype=dtype, device=source.device)
+        if any(isinstance(weight, Tensor) for weight in weights):  # stacked: a gradient goes through
+            weights = torch.stack([torch.as_tensor(weight, dtype=dtype, device=source.device) for weight in weights])
+        else:
+            weights = torch.tensor(list(weights), dtype=dtype, device=source.device)
     if weights.dtype not in (torch.float32, torch.float64):
         raise dtype_error(op, "weights", (torch.float32, torch.float64), weights)
     if weights.shape not in ((num_sources,), (num_rows, num_sources)):

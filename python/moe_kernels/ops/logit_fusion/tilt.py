@@ -71,7 +71,7 @@ def tilt_stats(
     alpha = torch.as_tensor(alpha, dtype=torch.float64, device=base.device)
     if alpha.dim() not in (1, 2) or (alpha.dim() == 2 and alpha.shape[0] != base.shape[0]):
         raise shape_error("tilt_stats", "alpha", f"[num_alphas] or [num_rows={base.shape[0]}, num_alphas]", alpha)
-    alpha = alpha.expand(base.shape[0], -1)
+    alpha = alpha.detach().expand(base.shape[0], -1)
     op = reference if resolve("tilt_stats", backend, base.device.type) == "reference" else native
     return TiltStats(*op.tilt_stats(sources, alpha).unbind(2))
 
@@ -222,11 +222,11 @@ def _sources(op: str, base: Tensor, direction: Direction) -> list[Tensor]:
             expected = f"at most {MAX_VOCAB_GAP} tokens short of the largest vocabulary, {largest}"
             raise value_error(op, name, expected, source.shape[1], "check that the tokenizers are the same")
     check_same_device(op, **named)
-    return list(named.values())
+    return [source.detach() for source in named.values()]
 
 
 def _value(value: float | Tensor, base: Tensor) -> Tensor:
     value = torch.as_tensor(value, dtype=torch.float64, device=base.device)
     if value.shape not in ((), (base.shape[0],)):
         raise shape_error("solve_tilt", "values", f"[num_rows={base.shape[0]}]", value)
-    return value.expand(base.shape[0])
+    return value.detach().expand(base.shape[0])

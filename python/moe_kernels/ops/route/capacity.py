@@ -76,7 +76,7 @@ def expert_capacity(
 ) -> int:
     """``max(ceil(num_tokens * top_k / num_experts * capacity_factor), min_capacity)``.
 
-    In that order of operations, DeepSpeed's and Megatron's: a factor of 1.1 must not round one up where theirs does not.
+    In that order of operations, DeepSpeed's and Megatron's: a factor of 1.1 must not round up where theirs does not.
 
     GShard and DeepSpeed leave ``top_k`` at 1 and have larger factors; Megatron multiplies by it; for
     :func:`route_expert_choice` the factor is the mean number of experts of a token.
