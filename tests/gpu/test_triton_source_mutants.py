@@ -11,12 +11,14 @@ from . import triton_on_ptx
 if triton_on_ptx.missing_reason() is not None:
     pytest.skip(triton_on_ptx.missing_reason(), allow_module_level=True)
 
+import moe_kernels.ops.expert_ffn
+import moe_kernels.ops.grouped_gemm
 import moe_kernels.ops.permute
 import moe_kernels.ops.route
 
 from .exercises import report_of
 
-ROOMS = {"permute": moe_kernels.ops.permute, "route": moe_kernels.ops.route}
+ROOMS = {name: getattr(moe_kernels.ops, name) for name in ("permute", "route", "grouped_gemm", "expert_ffn")}
 
 #: exercise, what is changed, what is taken out, what comes in; the first place that has it
 MUTANTS = [
@@ -48,6 +50,22 @@ MUTANTS = [
     ("route", "one group less", "for group in range(num_groups):", "for group in range(num_groups - 1):"),
     ("route", "the same expert twice", "choice = tl.where(experts == expert, float(\"-inf\"), choice)", "choice = choice"),
     ("route", "half of softmax's gradient", "(grad_scores - tl.sum(grad_scores * scores, 0))", "grad_scores"),
+    # products
+    ("grouped_gemm", "columns past the last", "mask=inside[:, None] & c_inside[None, :])", "mask=inside[:, None])"),
+    ("grouped_gemm", "rows of the next expert", "    inside = rows < end\n    columns = column_block", "    inside = rows < num_rows\n    columns = column_block"),
+    ("grouped_gemm", "depth past the last", "mask=x_inside[:, None] & inside[None, :], other=0)", "mask=x_inside[:, None], other=0)"),
+    ("grouped_gemm", "the tile after the last", "if expert >= num_experts:\n        return\n    rows", "if expert > num_experts:\n        return\n    rows"),
+    ("grouped_gemm", "every tile the first", "(tile - upto + tiles) * BLOCK_ROWS", "0 * BLOCK_ROWS"),
+    ("grouped_gemm", "a tail unwritten", "mask=(columns < num_columns) & (not owned)", "mask=(columns < num_columns) & owned"),
+    ("grouped_gemm", "the first rows' outer products alone", "for first in range(begin, end, BLOCK_ROWS):\n        rows = first + tl.arange(0, BLOCK_ROWS)\n        inside = rows < end\n        if CHUNK", "for first in range(begin, begin + 1, BLOCK_ROWS):\n        rows = first + tl.arange(0, BLOCK_ROWS)\n        inside = rows < end\n        if CHUNK"),
+    ("grouped_gemm", "the bias of expert 0", "bias_ptr + expert.to(tl.int64) * bias_expert_stride", "bias_ptr + 0 * bias_expert_stride"),
+    ("expert_ffn", "up for gate", "(both // BLOCK_COLUMNS).to(tl.int64) * up_offset", "(1 - both // BLOCK_COLUMNS).to(tl.int64) * up_offset"),
+    ("expert_ffn", "a clamp forgotten", "x = _at_most(gate, GATE_LIMIT)", "x = gate"),
+    ("expert_ffn", "a gradient beyond the clamp", "(gate > _constant(GATE_LIMIT, gate)) | ", ""),
+    ("expert_ffn", "an activation without its weight", "(weights * a * factor)", "(a * factor)"),
+    ("expert_ffn", "one part of a weight's gradient", "mask=owned & (parts < num_parts)", "mask=owned & (parts < 1)"),
+    ("expert_ffn", "no bias in a weight's gradient", "HAS_BIAS=down_bias is not None, ACC", "HAS_BIAS=False, ACC"),
+    ("expert_ffn", "skipped tokens read", "x_inside = (sources >= 0) & (sources < num_tokens)", "x_inside = sources < num_tokens"),
     # strides
     ("one tile", "token and slot swapped", "* token_stride + (pairs - tokens * top_k).to(tl.int64) * slot_stride",
      "* slot_stride + (pairs - tokens * top_k).to(tl.int64) * token_stride"),
@@ -63,18 +81,21 @@ def use(monkeypatch, folder: Path, exercise: str, out: str = "", into: str = "")
     Blocks of columns are short, so that a short row takes several.
     """
     triton_on_ptx.redirect(monkeypatch)
-    room = "route" if exercise == "route" else "permute"
+    room = exercise if exercise in ROOMS else "permute"
     text = Path(ROOMS[room].__path__[0], "triton.py").read_text()
     assert out in text, "the kernel has changed: change the mutant with it"
     changed = folder / f"{room}_changed.py"
-    changed.write_text(text.replace(out, into, 1).replace("MAX_BLOCK_HIDDEN = 2048", "MAX_BLOCK_HIDDEN = 128"))
+    text = text.replace(out, into, 1).replace("MAX_BLOCK_HIDDEN = 2048", "MAX_BLOCK_HIDDEN = 128")
+    # an op is defined once a process: the changed functions are called as they are
+    text = text.replace("from moe_kernels._opaque import opaque", "opaque = lambda name, function: function")
+    changed.write_text(text)
     spec = importlib.util.spec_from_file_location(changed.stem, changed)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(ROOMS[room], "triton", module, raising=False)
 
 
-@pytest.mark.parametrize("exercise", ["one tile", "two tiles", "permute", "route"])
+@pytest.mark.parametrize("exercise", ["one tile", "two tiles", "permute", "route", "grouped_gemm", "expert_ffn"])
 def test_unchanged_source_passes(exercise, monkeypatch, tmp_path):
     use(monkeypatch, tmp_path, exercise)
     assert report_of(exercise, "triton") == "nothing"
