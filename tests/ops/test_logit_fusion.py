@@ -421,3 +421,20 @@ def test_weights_in_a_list_have_gradients(backend):
     weights = torch.tensor([1.0, 0.3], requires_grad=True)
     (expected,) = torch.autograd.grad(fuse_logits(sources, weights, backend=backend)[:, 0].sum(), weights)
     assert torch.equal(grad, expected[1])
+
+
+@pytest.mark.with_reference
+@pytest.mark.parametrize("keep", [None, TokenFilter(top_p=0.9), TokenFilter(top_k=2)], ids=["all", "top_p", "top_k"])
+def test_a_sum_that_overflows_breaks_its_row(backend, keep):
+    first = torch.randn(3, 600)
+    first[1, 550] = 3e38
+    sources = [first, first.clone()]
+    for out in ("logits", "log_probs", "probs"):
+        fused = fuse_logits(sources, [1.0, 1.0], keep=keep, out=out, backend=backend)
+        assert fused[1].isnan().all() and not fused[[0, 2]].isnan().any()
+    assert fuse_logits(sources, [1.0, 1.0], keep=keep, out="argmax", backend=backend)[1] == -1
+    ids = torch.arange(3)
+    assert fuse_logits(sources, [1.0, 1.0], keep=keep, out="sample", request_ids=ids, seed=1, backend=backend)[1] == -1
+    weights = torch.ones(3, 2, requires_grad=True)
+    fused = fuse_logits(sources, weights, keep=keep, out="probs", backend=backend)
+    assert torch.autograd.grad(fused[[0, 2], 0].sum(), weights)[0][[0, 2]].isfinite().all()

@@ -208,6 +208,7 @@ class RowFusion {
       Acc* z = z_ == nullptr ? block_ : z_ + block * kLogitBlock;
       usable_ = logit_kernels<Acc>().combine(fused_, tokens_, block * kLogitBlock, block_size(block), z);
       const Acc top = tops_[block] = logit_kernels<Acc>().largest(z, block_size(block));
+      usable_ &= top < std::numeric_limits<Acc>::infinity();  // a sum that overflows has no distribution
       sums_[block] = needs_sum && top > kNone
                          ? static_cast<double>(logit_kernels<Acc>().exp_sum(z, block_size(block), top))
                          : 0.0;

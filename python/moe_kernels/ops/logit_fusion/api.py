@@ -63,9 +63,9 @@ def fuse_logits(
     - a source of positive weight at -inf, and the anchor at -inf, mask the token;
     - a source of negative weight at -inf: ``neg_inf="mask"`` masks the token, ``"floor"`` raises it to the source's
       smallest finite logit, ``"zero"`` leaves the anchor alone there, z = sum_k w_k l_anchor / T;
-    - a row that reads NaN or +inf, or whose weights or temperature are not finite, or negative (temperature, weights of
-      a mixture), is broken: NaN, and -1 for a token. With a ``mask``, linear fusion reads the other sources inside it
-      only;
+    - a row that reads NaN or +inf, whose fused logit overflows to +inf, or whose weights or temperature are not finite,
+      or negative (temperature, weights of a mixture), is broken: NaN, and -1 for a token. With a ``mask``, linear
+      fusion reads the other sources inside it only;
     - a row without any token has -inf, probabilities 0 and the token -1. A token of probability zero is never drawn.
 
     Sums run in float32 over blocks of 512 tokens and in float64 over the blocks, in one order: a row has the same bits

@@ -94,9 +94,12 @@ def fuse(
     sources = [source.masked_fill(broken | ~is_read, 0) for source, is_read in zip(sources, read, strict=True)]
     weights = weights.masked_fill(broken, 0)
     z = _mixture(sources, weights) if mixture else _linear(sources, weights, anchor, neg_inf, floor)
+    broken = broken | (z.masked_fill(~kept, 0) == torch.inf).any(1, keepdim=True)  # a sum that overflows
+    z = z.masked_fill(broken, 0)
     divisor = temperature.to(dtype)[:, None].masked_fill(broken | (temperature == 0)[:, None], 1)
     absent = ~kept | (z == -torch.inf)
     z = (z.masked_fill(absent, 0) / divisor).masked_fill(absent, -torch.inf)  # no -inf in the gradient of the quotient
+    broken = broken | (z == torch.inf).any(1, keepdim=True)  # or a quotient
     if keep:
         z = z.masked_fill(z < threshold(z, keep), -torch.inf)
     return z.masked_fill(broken, torch.nan)
