@@ -310,3 +310,33 @@ def test_layer_map():
     assert first("layers.0.q") == {"one": 1.0} and first("layers.3.q") == {"two": 2.0} and first("head") == {}
     with pytest.raises(ValueError, match="LayerMap.swap: bottom, top and transition must be at least 0"):
         LayerMap.swap("a", "b", 4, bottom=2, top=2)
+
+
+def test_poly_leaves_what_is_no_task_to_the_base():
+    layer, routing = poly()
+    layer.lora_b_rows.data.normal_()
+    x = torch.randn(4, 5, 12)
+    layer.eval()
+    routing.set(torch.tensor([0, -1, 2, 7]))
+    out = layer(x)
+    assert torch.equal(out[[1, 3]], layer.base_layer(x)[[1, 3]])
+    routing.set(torch.tensor([0, 0, 2, 2]))
+    assert torch.equal(out[[0, 2]], layer(x)[[0, 2]])
+
+
+def test_poly_under_autocast():
+    layer, routing = poly()
+    layer.eval()
+    x, tasks = torch.randn(2, 5, 12), torch.tensor([0, 1])
+    routing.set(tasks)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = layer(x)
+    z = layer.task_logits[tasks].sigmoid()
+    with torch.no_grad():
+        written_out = [
+            poly_written_out(layer, x, z / z.sum(-1, keepdim=True), cast)
+            for cast in (torch.Tensor.double, torch.Tensor.bfloat16)
+        ]
+        assert_close_to_reference(out, *written_out)
+    out.float().sum().backward()
+    assert layer.lora_b_rows.grad.dtype == torch.float32 and layer.lora_b_rows.grad.any()

@@ -168,3 +168,12 @@ def test_changing_adapters_does_not_compile_again():
         pool.fill("another", 0, torch.randn(2, 12), torch.randn(9, 2))
         assert torch.equal(compiled(x), multi(x))
     assert len(traces) == 1
+
+
+def test_an_embedding_with_a_forward_of_its_own_is_refused():
+    class Scaled(nn.Embedding):
+        def forward(self, token_ids):
+            return super().forward(token_ids) * 8
+
+    with pytest.raises(ValueError, match="base_layer must be an Embedding with torch's own forward, got Scaled"):
+        MultiLoRAEmbedding(Scaled(5, 4), None, AdapterRouting())

@@ -109,6 +109,10 @@ class MultiLoRAEmbedding(nn.Module):
 
     def __init__(self, base_layer: nn.Embedding, pool: AdapterPool, routing: AdapterRouting):
         super().__init__()
+        if type(base_layer).forward is not nn.Embedding.forward:
+            # Gemma's multiplies by a scale: an adapter beside it would be added unscaled
+            name = type(base_layer).__name__
+            raise value_error("MultiLoRAEmbedding", "base_layer", "an Embedding with torch's own forward", name)
         self.base_layer, self.pool, self.routing = base_layer, pool, routing
 
     @property

@@ -23,7 +23,8 @@ class PolyLoRALinear(nn.Module):
 
     Args:
         base_layer: the layer to add to.
-        routing: whose ``adapter_ids`` are the tasks of the sequences; one object for all layers of a model.
+        routing: whose ``adapter_ids`` are the tasks of the sequences; one object for all layers of a model. An id that
+            is no task (-1) leaves its sequence to the base layer.
         temperature: of the relaxed distribution.
     """
 
@@ -51,14 +52,16 @@ class PolyLoRALinear(nn.Module):
         self.lora_b_rows = nn.Parameter(b)  # in memory [.., rank, out], which the kernels read in place
 
     def weights(self, tasks: Tensor) -> Tensor:
-        """[len(tasks), num_splits, num_skills]; in training each entry of ``tasks`` draws its own."""
-        logits = self.task_logits[tasks.long()]
+        """[len(tasks), num_splits, num_skills], 0 for what is no task; in training each entry draws its own."""
+        num_tasks = len(self.task_logits)
+        logits = self.task_logits[tasks.long().clamp(0, num_tasks - 1)]
         if self.training:
             distribution = torch.distributions.RelaxedBernoulli(self.temperature, logits=logits)
             chosen = distribution.rsample()
         else:
             chosen = logits.sigmoid()
-        return chosen / (chosen.sum(-1, keepdim=True) + 1e-12)
+        weights = chosen / (chosen.sum(-1, keepdim=True) + 1e-12)
+        return weights.masked_fill(((tasks < 0) | (tasks >= num_tasks))[:, None, None], 0)
 
     def forward(self, x: Tensor) -> Tensor:
         base = self.base_layer(x)

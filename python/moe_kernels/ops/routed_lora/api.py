@@ -232,12 +232,15 @@ def lora_expand(
         lora_b, adapter_ids, adapter_weights, scaling, ranks, rank_starts, base, backend: as in :func:`routed_lora`.
 
     Returns:
-        [num_tokens, out], dtype of ``lora_b``. Differentiable in ``v``, ``lora_b``, ``adapter_weights``, ``scaling``
+        [num_tokens, out], dtype of ``lora_b`` (under ``torch.autocast`` the factor and the base are cast to its dtype,
+        ``v`` is not). Differentiable in ``v``, ``lora_b``, ``adapter_weights``, ``scaling``
         and ``base``.
     """
     op = "lora_expand"
     check_tensor(op, "v", v)
     check_tensor(op, "lora_b", lora_b)
+    if autocast_enabled(v.device.type):
+        lora_b, base = autocast(v.device.type, lora_b, base)
     if lora_b.dtype not in FLOAT_DTYPES:
         raise dtype_error(op, "lora_b", FLOAT_DTYPES, lora_b)
     if v.dim() != 3 or v.dtype != native.accumulator(lora_b.dtype):
