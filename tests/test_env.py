@@ -18,10 +18,12 @@ def test_variable_defaults(monkeypatch):
     assert env.variable("MOE_KERNELS_BACKEND") == "native"
 
 
-def test_backends_that_are_not_there_say_why():
+def test_backends_that_are_not_there_say_why(monkeypatch):
+    monkeypatch.setattr(_dispatch.torch.cuda, "is_available", lambda: False)
     for op, backend, device, reason in [
-        ("expert_ffn", "native", "cuda", "expert_ffn has no CUDA kernels yet"),
-        ("expert_ffn", "triton", "cuda", "expert_ffn has no Triton kernels yet"),
+        ("grouped_gemm", "native", "cuda", "grouped_gemm has no CUDA kernels yet"),
+        ("routed_lora", "triton", "cuda", "routed_lora has no Triton kernels yet"),
+        ("expert_ffn", "native", "cuda", "the CUDA kernels of expert_ffn are for GPUs of compute capability 9.0"),
         ("permute", "native", "xpu", "there are no native kernels for device type 'xpu'"),
     ]:
         with pytest.raises(RuntimeError, match=f"{op}: backend='{backend}' is unavailable: {reason}"):
@@ -41,7 +43,14 @@ def test_auto_takes_what_is_there(monkeypatch):
         monkeypatch.setattr(_dispatch._extension, "cuda_missing_reason", lambda cuda=cuda: cuda)
         monkeypatch.setattr(_dispatch._extension, "triton_missing_reason", lambda triton=triton: triton)
         assert _dispatch._auto("permute", "cuda") == choice
-        assert _dispatch._auto("expert_ffn", "cuda") == "reference"
+        assert _dispatch._auto("routed_lora", "cuda") == "reference"
+        for capability in (8, 9):
+            monkeypatch.setattr(_dispatch.torch.cuda, "is_available", lambda: True)
+            monkeypatch.setattr(
+                _dispatch.torch.cuda, "get_device_capability", lambda capability=capability: (capability, 0)
+            )
+            fits = capability == 9 or choice != "native"
+            assert _dispatch._auto("expert_ffn", "cuda") == (choice if fits else "reference")
 
 
 def test_cuda_library_registers_what_the_table_says():

@@ -44,7 +44,9 @@ def report() -> dict[str, object]:
         "transformers": installed("transformers"),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else "no device",
         "native cpu": _extension.cpu_missing_reason() or "available",
-        "native cuda": _extension.cuda_missing_reason() or f"available for {', '.join(sorted(_dispatch.CUDA_OPS))}",
+        "native cuda": _extension.cuda_missing_reason()
+        or f"available for {', '.join(sorted(_dispatch.CUDA_OPS))}"
+        f" ({', '.join(sorted(_dispatch.SM90_OPS))}: compute capability 9.0)",
         "triton kernels": _extension.triton_missing_reason()
         or f"available for {', '.join(sorted(_dispatch.TRITON_OPS))}",
         **{f"build {key}": value for key, value in _extension.build_info().items()},
