@@ -27,6 +27,9 @@ from moe_kernels.ops.route import native
 from moe_kernels.testing import assert_close_to_reference
 from tests.ops.helpers import DTYPES, check, strided
 
+GPU_KERNELS = ["native-simt", "native-cuda", "triton-cpu", "triton-cuda"]
+OP = "route_weights"
+
 BACKENDS = ["reference", "native"]
 EPS = torch.finfo(torch.float32).eps
 
@@ -287,6 +290,7 @@ def test_registration(backend):
 # ---- weights of experts that something else chose ----
 
 
+@pytest.mark.on_gpus
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("renormalize", [False, True])
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
