@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import timing
+from benchmarks import limits_cuda, timing, timing_cuda
 from benchmarks.limits import Limits, Probe, cpu_model
 from moe_kernels.testing import assert_close_to_reference
 
+#: device type -> how functions are timed there
+_MEASURE = {"cpu": timing.measure, "cuda": timing_cuda.measure}
 #: a peer whose error is beyond this many times what plain torch is allowed did not compute the same thing
 WRONG_FACTOR = 8
 #: the row that only reads what a kernel has to read
@@ -128,14 +130,17 @@ class Row:
     Attributes:
         clean: samples that nothing disturbed; where they are too few (timing.MIN_CLEAN), percentiles are over all.
         ratio: p50 over the baseline's (above 1: slower than ours).
+        device: model of the CPU or of the GPU.
+        threads: of the CPU, also where a GPU is timed.
         floor_ms: no machine with the limits measured in this run can be faster.
+        extra_mib: on a GPU, memory that a call took beside its inputs, its result included.
         status: "ok", "noisy", "ungated" (measured in other processes), "wrong" (a peer's result), "red" (ours is wrong:
             not timed), "failed" or "skipped".
     """
 
     date: str
     commit: str
-    cpu: str
+    device: str
     torch: str
     threads: int
     op: str
@@ -158,6 +163,7 @@ class Row:
     note: str = ""
     fma_gflops: float = math.nan
     read_gbs: float = math.nan
+    extra_mib: float = math.nan
 
     @classmethod
     def columns(cls) -> list[str]:
@@ -169,6 +175,7 @@ class Context:
     """Settings of one run, which the ops read.
 
     Attributes:
+        device: where everything is made and runs.
         providers: names asked for, or None for each op's defaults.
         refuse_on_red: do not time one of our own that is wrong.
         limits, probe: None where they could not be built; ``limits_missing`` says why.
@@ -182,12 +189,27 @@ class Context:
     repeats: int = 9
     budget_s: float = 4.0
     refuse_on_red: bool = True
-    limits: Limits | None = None
+    limits: Limits | limits_cuda.Limits | None = None
     probe: Probe | None = None
     limits_missing: str = ""
+    device: torch.device = torch.device("cpu")
 
     def wants(self, name: str, default: bool = True) -> bool:
         return default if self.providers is None else name in self.providers
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
+
+
+def cells_on(device: torch.device, cells: Cells) -> Cells:
+    """The cells, made while ``device`` is the default: an op's inputs are where they are to be used."""
+    while True:
+        with device:
+            cell = next(cells, None)
+        if cell is None:
+            return
+        yield cell
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -238,29 +260,31 @@ def _run_cell(cell: Cell, context: Context, progress: Callable[[], object]) -> l
         if candidate.check is None:
             continue
         try:
-            checks[candidate.name] = candidate.check()
+            with context.device:
+                checks[candidate.name] = candidate.check()
         except Exception as error:  # a peer may fail in any way; the others still get their row
-            failed[candidate.name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+            failed[candidate.name] = timing.describe(error)
     red = {c.name: checks[c.name].red for c in cell.candidates if c.ours and c.name in checks and checks[c.name].red}
     timed = {
         candidate.name: candidate.call
         for candidate in cell.candidates
         if candidate.name not in failed and not (context.refuse_on_red and candidate.name in red)
     }
-    timings = timing.measure(timed, repeats=context.repeats, budget_s=context.budget_s, progress=progress)
+    measure = _MEASURE[context.device.type]
+    timings = measure(timed, repeats=context.repeats, budget_s=context.budget_s, progress=progress)
     for name, samples in cell.measured.items():
         timings[name] = timing.Timing()
         try:
             timings[name].all = samples()
         except Exception as error:
-            failed[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+            failed[name] = timing.describe(error)
     floor = floor_ms(cell, context, timings)
     baseline = timings.get(cell.baseline)
 
     common = dict(
         date=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
         commit=commit(),
-        cpu=cpu_model(),
+        device=device_name(context.device),
         torch=torch.__version__,
         threads=context.threads,
         op=cell.op,
@@ -290,7 +314,8 @@ def _run_cell(cell: Cell, context: Context, progress: Callable[[], object]) -> l
             gbs=(cell.probe_bytes if is_probe else cell.bytes or math.nan) / p50 / 1e6,
             max_error=checks[name].error if name in checks else math.nan,
             status=status,
-            note=note,
+            note=note or one.note,
+            extra_mib=one.extra_bytes / 2**20,
         )
 
     rows = []

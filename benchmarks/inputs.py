@@ -12,17 +12,22 @@ _NUM_DRAWN = 4
 _SEED = 0
 
 
+def generator(seed: int = _SEED) -> torch.Generator:
+    """For tensors of the default device."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def make_layer(shape: LayerShape, dtype: torch.dtype, threads: int, training: bool = False) -> Layer:
     """A layer with random weights of the usual scale.
 
     Drawing 600 million normal numbers takes longer than the benchmark, and equal experts would hide a kernel that mixes
     them up. So expert e is drawn expert e % 4 with its rows rolled by e // 4.
     """
-    generator = torch.Generator().manual_seed(_SEED)
+    random = generator()
 
     def weights(out_features: int, in_features: int) -> torch.nn.Parameter:
         drawn = min(_NUM_DRAWN, shape.num_experts)
-        base = torch.randn(drawn, out_features, in_features, generator=generator).mul_(in_features**-0.5).to(dtype)
+        base = torch.randn(drawn, out_features, in_features, generator=random).mul_(in_features**-0.5).to(dtype)
         full = torch.empty(shape.num_experts, out_features, in_features, dtype=dtype)
         for expert in range(shape.num_experts):
             roll = expert // drawn % out_features
@@ -35,17 +40,22 @@ def make_layer(shape: LayerShape, dtype: torch.dtype, threads: int, training: bo
 
 
 def num_routings(num_tokens: int) -> int:
-    """How many routings a cell cycles through: with few tokens, enough that weights come from memory, not cache."""
+    """How many routings a cell cycles through: with few tokens, enough that weights come from memory, not cache.
+
+    A GPU's cache is flushed instead (timing_cuda.py).
+    """
+    if torch.get_default_device().type == "cuda":
+        return 1
     return 8 if num_tokens <= 16 else 3
 
 
 def make_batches(shape: LayerShape, dtype: torch.dtype, num_tokens: int) -> list[Batch]:
     """Random tokens with random distinct experts and renormalised softmax weights, the same for every provider."""
-    generator = torch.Generator().manual_seed(_SEED + num_tokens)
-    hidden_states = torch.randn(num_tokens, shape.hidden_size, generator=generator).to(dtype)
+    random = generator(_SEED + num_tokens)
+    hidden_states = torch.randn(num_tokens, shape.hidden_size, generator=random).to(dtype)
     batches = []
     for _ in range(num_routings(num_tokens)):
-        logits = torch.randn(num_tokens, shape.num_experts, generator=generator)
+        logits = torch.randn(num_tokens, shape.num_experts, generator=random)
         scores, topk_ids = logits.softmax(1).topk(shape.top_k, dim=1)
         topk_weights = (scores / scores.sum(1, keepdim=True)).to(dtype)
         batches.append(Batch(hidden_states, topk_ids, topk_ids.int(), topk_weights, topk_weights.float()))
@@ -67,7 +77,9 @@ def fingerprint(layer: Layer) -> int:
 
 
 def available_bytes() -> int | None:
-    """Memory that can be had without swapping, or None where the system does not say."""
+    """Memory of the default device that can be had without swapping, or None where the system does not say."""
+    if torch.get_default_device().type == "cuda":
+        return torch.cuda.mem_get_info()[0]
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable"):

@@ -37,7 +37,10 @@ def print_cell(console: Console, cell: Cell, rows: list[Row]) -> None:
         heading += f"   {cell.bytes / 1e6:.3g} MB"
     table = Table(title=heading, title_justify="left", box=None, pad_edge=False, header_style="dim")
     table.add_column("provider", no_wrap=True)
+    on_gpu = any(not math.isnan(row.extra_mib) for row in shown)
     columns = ("ms p50", "p20–p80", "GFLOP/s", "GB/s", "% of floor", "/ ours", "clean", "max error", "status")
+    if on_gpu:
+        columns = (*columns[:2], "TFLOP/s", *columns[3:-1], "MiB", "status")
     for column in columns:
         table.add_column(column, justify="right", no_wrap=column != "status")
     for row in shown:
@@ -48,12 +51,13 @@ def print_cell(console: Console, cell: Cell, rows: list[Row]) -> None:
             row.provider,
             _number(row.p50_ms * scale) + (unit if timed else ""),
             f"{_number(row.p20_ms * scale)}–{_number(row.p80_ms * scale)}{unit}" if timed else "-",
-            _number(row.gflops),
+            _number(row.gflops / 1e3 if on_gpu else row.gflops),
             _number(row.gbs),
             "-" if math.isnan(row.floor_ms) or not timed else f"{100 * row.floor_ms / row.p50_ms:.0f}",
             _number(row.ratio),
             f"{row.clean}/{row.samples}",
             "-" if math.isnan(row.max_error) else f"{row.max_error:.1e}",
+            *([_number(row.extra_mib)] if on_gpu else []),
             Text(row.status if not row.note else f"{row.status}: {row.note}", style=_STYLES.get(row.status, "")),
             style="dim" if row.provider in (READ_PROBE, MEMCPY) else None,
         )
@@ -103,7 +107,7 @@ def read_latest(paths: Iterable[Path]) -> list[Row]:
                     for name, text in record.items()
                 }
                 row = Row(**values)
-                cell = (row.op, row.shape, row.dtype, row.num_tokens, row.threads, row.cpu)
+                cell = (row.op, row.shape, row.dtype, row.num_tokens, row.threads, row.device)
                 same = newest.setdefault(cell, [])
                 if same and same[0].date != row.date:
                     if row.date < same[0].date:

@@ -34,6 +34,7 @@ _SHAPES = (
     LayerShape("C", "DeepSeek-MoE-16B, 64 routed experts without the 2 shared ones", 2048, 1408, 64, 6),
     LayerShape("deepseek-v2-lite", "DeepSeek-V2-Lite", 2048, 1408, 64, 6),
     LayerShape("deepseek-v3", "DeepSeek-V3", 7168, 2048, 256, 8),
+    LayerShape("gpt-oss-20b", "GPT-OSS-20B's sizes, with silu and without biases", 2880, 2880, 32, 4),
     LayerShape("granite-3.0-1b-a400m", "Granite-3.0-1B-A400M", 1024, 512, 32, 8),
     LayerShape("mixtral-8x7b", "Mixtral-8x7B", 4096, 14336, 8, 2),
     LayerShape("olmoe-1b-7b", "OLMoE-1B-7B", 2048, 1024, 64, 8),

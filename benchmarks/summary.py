@@ -84,13 +84,13 @@ def main() -> None:
         if not path.exists():
             print(f"{op}: no history; run benchmarks/run.py --op {op}")
             continue
-        by_cpu: dict[str, list[Row]] = {}
+        by_device: dict[str, list[Row]] = {}
         for row in sorted(read_latest([path]), key=lambda row: row.date):
-            by_cpu.setdefault(row.cpu, []).append(row)
-        for cpu, rows in by_cpu.items():
-            print(f"\n{op}, {cpu}, {rows[-1].threads} threads, torch {rows[-1].torch}\n\n{table(rows)}")
+            by_device.setdefault(row.device, []).append(row)
+        for device, rows in by_device.items():
+            print(f"\n{op}, {device}, {rows[-1].threads} threads, torch {rows[-1].torch}\n\n{table(rows)}")
         if op == "expert_ffn" and options.plot:
-            plot(max(by_cpu.values(), key=lambda rows: rows[-1].date), options.plot)
+            plot(max(by_device.values(), key=lambda rows: rows[-1].date), options.plot)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,11 @@ class Gate:
         return within and self._steal_ticks() - self._steal <= stolen_allowed
 
 
+def describe(error: Exception) -> str:
+    """One line for a table."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+
+
 @dataclass
 class Timing:
     """Samples of one function, in milliseconds a call."""
@@ -92,6 +97,8 @@ class Timing:
     clean: list[float] = field(default_factory=list)
     all: list[float] = field(default_factory=list)
     error: str = ""  # why there is no sample
+    note: str = ""  # what is to be said of the samples
+    extra_bytes: float = float("nan")  # memory a call took beside its inputs; unknown on a CPU
 
     @property
     def noisy(self) -> bool:
@@ -150,7 +157,7 @@ def measure(
                 if time.perf_counter() - begin > budget_s:
                     break
         except Exception as error:  # a peer may fail in any way; the others still get their row
-            timings[name].error = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+            timings[name].error = describe(error)
             continue
         fastest = max(min(seconds), 1e-8)
         calls[name] = max(1, -(-int(MIN_SAMPLE_S * 1e9) // int(fastest * 1e9 + 1)))

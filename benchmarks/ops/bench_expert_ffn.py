@@ -11,10 +11,17 @@ from benchmarks.harness import READ_PROBE, Candidate, Cell, Cells, Check, Contex
 from benchmarks.inputs import available_bytes, fingerprint, make_batches, make_layer, touched_experts
 from benchmarks.providers import PROVIDERS, Batch, Layer, Provider, Run
 from benchmarks.shapes import SHAPES
+from benchmarks.timing import describe
 from moe_kernels import expert_ffn
 
 SUMMARY = "expert FFN forward, every provider"
 DEFAULTS = dict(shapes=["A", "B", "C"], dtypes=["bf16", "fp32"], tokens=[1, 4, 16, 64, 512, 2048])
+#: a model's every layer between one token and a long prompt
+GPU_DEFAULTS = dict(
+    shapes=["A", "gpt-oss-20b", "mixtral-8x7b", "deepseek-v3"],
+    dtypes=["bf16"],
+    tokens=[1, 4, 16, 64, 256, 1024, 4096, 16384],
+)
 PROVIDER_NAMES = [READ_PROBE, *PROVIDERS]
 
 #: [1, out, in] of an expert in a dtype
@@ -66,6 +73,12 @@ def no_memory(provider: Provider, layer: Layer) -> str | None:
     return None
 
 
+def wrong_device(provider: Provider, context: Context) -> str | None:
+    """Why the provider cannot run on the run's device, or None."""
+    device = context.device.type
+    return None if device in provider.devices else f"runs on {' and '.join(provider.devices)}, not on {device}"
+
+
 def prepare(
     context: Context, layer: Layer, providers: dict[str, Provider] = PROVIDERS
 ) -> tuple[dict[str, Run], dict[str, str]]:
@@ -73,14 +86,19 @@ def prepare(
     ready: dict[str, Run] = {}
     skipped: dict[str, str] = {}
     for name, provider in providers.items():
-        if not context.wants(name, provider.default):
+        if not context.wants(name, provider.default and context.device.type in provider.devices):
             continue
-        reason = provider.missing() or provider.unsuited(layer) or no_memory(provider, layer)
+        reason = (
+            wrong_device(provider, context)
+            or provider.missing()
+            or provider.unsuited(layer)
+            or no_memory(provider, layer)
+        )
         if reason is None:
             try:
                 ready[name] = provider.prepare(layer)
             except Exception as error:  # a peer built for another torch fails in ways of its own
-                reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+                reason = describe(error)
         if reason is not None:
             skipped[name] = reason
     return ready, skipped
@@ -139,7 +157,7 @@ def _cell(
                 lambda i, run=run: run(batches[i % len(batches)]),
                 checked,
                 provider.ours,
-                provider.version(),
+                provider.version(layer),
             )
         )
     if context.probe is not None and context.limits is not None and context.wants(READ_PROBE):

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import Candidate, Cell, Cells, Check, Context, check, worst
-from benchmarks.inputs import make_batches, make_layer, touched_experts
-from benchmarks.ops.bench_expert_ffn import no_memory
+from benchmarks.inputs import generator, make_batches, make_layer, touched_experts
+from benchmarks.ops.bench_expert_ffn import no_memory, wrong_device
 from benchmarks.providers import PROVIDERS, Batch, Layer, Run
 from benchmarks.shapes import SHAPES
 from moe_kernels import expert_ffn
 
 SUMMARY = "expert FFN forward and backward"
 DEFAULTS = dict(shapes=["A", "B", "C"], dtypes=["bf16", "fp32"], tokens=[512])
+GPU_DEFAULTS = dict(shapes=["A", "gpt-oss-20b", "mixtral-8x7b"], dtypes=["bf16"], tokens=[1024, 8192])
 PROVIDER_NAMES = [name for name, provider in PROVIDERS.items() if provider.trains]
 
 #: tokens whose gradients are compared (a token's gradient depends on that token alone) …
@@ -82,7 +83,7 @@ def _cell(context: Context, layer: Layer, num_tokens: int) -> Cell:
     batch = replace(
         plain, hidden_states=plain.hidden_states.requires_grad_(), topk_weights=plain.topk_weights.requires_grad_()
     )
-    grad_out = torch.randn(batch.hidden_states.shape, generator=torch.Generator().manual_seed(1)).to(layer.dtype)
+    grad_out = torch.randn(batch.hidden_states.shape, generator=generator(1)).to(layer.dtype)
     oracle = Oracle(layer, batch, grad_out)
     weights = (layer.gate_up_proj, layer.down_proj)
     touched_bytes = len(touched_experts(batch)) * layer.weight_bytes / shape.num_experts
@@ -99,9 +100,11 @@ def _cell(context: Context, layer: Layer, num_tokens: int) -> Cell:
     )
     for name in PROVIDER_NAMES:
         provider = PROVIDERS[name]
-        if not context.wants(name, provider.default and provider.trains_by_default):
+        by_default = provider.default and provider.trains_by_default and context.device.type in provider.devices
+        if not context.wants(name, by_default):
             continue
-        reason = provider.missing() or provider.unsuited(layer, num_tokens) or no_memory(provider, layer)
+        reason = wrong_device(provider, context) or provider.missing()
+        reason = reason or provider.unsuited(layer, num_tokens) or no_memory(provider, layer)
         if reason is not None:
             cell.skipped[name] = reason
             continue
@@ -111,6 +114,6 @@ def _cell(context: Context, layer: Layer, num_tokens: int) -> Cell:
             return _step(run, batch, weights, grad_out)
 
         cell.candidates.append(
-            Candidate(name, step, lambda step=step: oracle.check(step(0)), provider.ours, provider.version())
+            Candidate(name, step, lambda step=step: oracle.check(step(0)), provider.ours, provider.version(layer))
         )
     return cell

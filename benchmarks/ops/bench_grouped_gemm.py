@@ -9,12 +9,17 @@ from torch import Tensor
 from benchmarks.harness import READ_PROBE, Candidate, Cell, Cells, Check, Context, check
 from benchmarks.inputs import make_batches, make_layer
 from benchmarks.providers import Layer
+from benchmarks.providers.base import installed_version, module_missing
+from benchmarks.providers.ours import our_backends
 from benchmarks.shapes import SHAPES
 from moe_kernels import _dispatch, grouped_gemm, permute, plan_dispatch, prepack
 
 SUMMARY = "grouped_gemm of the gate_up projection, beside F.grouped_mm and torch.mm for each expert"
 DEFAULTS = dict(shapes=["A", "B", "C"], dtypes=["bf16", "fp32"], tokens=[1, 16, 512, 2048])
-PROVIDER_NAMES = ["ours", "ours_prepacked", "torch_grouped_mm", "torch_mm", READ_PROBE]
+GPU_DEFAULTS = dict(
+    shapes=["A", "gpt-oss-20b", "mixtral-8x7b", "deepseek-v3"], dtypes=["bf16"], tokens=[1, 16, 256, 4096, 16384]
+)
+PROVIDER_NAMES = ["ours", "ours_triton", "ours_prepacked", "moe_ops", "torch_grouped_mm", "torch_mm", READ_PROBE]
 
 #: experts whose rows are compared with float64
 _CHECKED_EXPERTS = 4
@@ -27,11 +32,12 @@ def cells(context: Context) -> Cells:
             layer = make_layer(shape, dtype, context.threads)
             packed = None
             reason = _dispatch.missing_reason("grouped_gemm", "native", "cpu")
-            if reason is None and context.wants("ours_prepacked"):
+            wants_packed = context.wants("ours_prepacked", context.device.type == "cpu")
+            if reason is None and wants_packed:
                 packed = prepack(layer.gate_up_proj)
             for num_tokens in context.tokens:
                 cell = _cell(context, layer, packed, num_tokens)
-                if reason is not None and context.wants("ours_prepacked"):
+                if reason is not None and wants_packed:
                     cell.skipped["ours_prepacked"] = f"prepack needs the native kernels: {reason}"
                 yield cell
             del layer, packed
@@ -61,10 +67,10 @@ def _cell(context: Context, layer: Layer, packed, num_tokens: int) -> Cell:
         rows, offsets, _ = problems[i % len(problems)]
         return F.grouped_mm(rows, expert_weights.transpose(1, 2), offs=offsets[1:])
 
-    def ours(weights):
+    def ours(weights, backend: str):
         def call(i: int) -> Tensor:
             rows, offsets, _ = problems[i % len(problems)]
-            return grouped_gemm(rows, weights, offsets)
+            return grouped_gemm(rows, weights, offsets, backend=backend)
 
         return call
 
@@ -94,10 +100,18 @@ def _cell(context: Context, layer: Layer, packed, num_tokens: int) -> Cell:
         bytes=read_bytes + pairs * (shape.hidden_size + out_features) * dtype.itemsize,
         probe_bytes=read_bytes,
     )
-    backend = _dispatch.resolve("grouped_gemm", "auto", "cpu")
-    calls = {"ours": (ours(expert_weights), True, backend)}
+    backends = our_backends("grouped_gemm")
+    calls = {name: (ours(expert_weights, backend), True, backend) for name, backend in backends.items()}
     if packed is not None:
-        calls["ours_prepacked"] = (ours(packed), True, backend)
+        calls["ours_prepacked"] = (ours(packed, backends["ours"]), True, backends["ours"])
+    if context.wants("moe_ops", False) and module_missing("moe_ops", "moe-ops") is None:
+        import moe_ops
+
+        def moe_ops_gemm(i: int) -> Tensor:
+            rows, offsets, _ = problems[i % len(problems)]
+            return moe_ops.grouped_gemm(rows, expert_weights, offsets)
+
+        calls["moe_ops"] = (moe_ops_gemm, False, installed_version("moe-ops"))
     if hasattr(F, "grouped_mm"):
         calls["torch_grouped_mm"] = (grouped_mm, False, torch.__version__)
     else:

@@ -1,14 +1,20 @@
 """Routing: softmax over the experts, the top_k largest, renormalised."""
 
+from functools import partial
+
 import torch
 
 from benchmarks.harness import Candidate, Cell, Cells, Check, Context, check
+from benchmarks.inputs import generator
+from benchmarks.providers.base import installed_version, module_missing
+from benchmarks.providers.ours import our_backends
 from benchmarks.shapes import SHAPES
-from moe_kernels import _dispatch, route
+from moe_kernels import route
 
 SUMMARY = "routing (softmax, top-k, renormalise) of logits"
 DEFAULTS = dict(shapes=["A", "B", "C"], dtypes=["bf16", "fp32"], tokens=[1, 64, 2048])
-PROVIDER_NAMES = ["ours", "torch_softmax_topk", "torch_topk_only"]
+GPU_DEFAULTS = dict(shapes=["A", "deepseek-v3"], dtypes=["bf16"], tokens=[1, 64, 1024, 16384])
+PROVIDER_NAMES = ["ours", "ours_triton", "moe_ops", "torch_softmax_topk", "torch_topk_only"]
 
 _NUM_INPUTS = 4
 
@@ -23,11 +29,11 @@ def cells(context: Context) -> Cells:
 def _cell(context: Context, shape_name: str, dtype: torch.dtype, num_tokens: int) -> Cell:
     shape = SHAPES[shape_name]
     top_k = shape.top_k
-    generator = torch.Generator().manual_seed(num_tokens)
-    inputs = [torch.randn(num_tokens, shape.num_experts, generator=generator).to(dtype) for _ in range(_NUM_INPUTS)]
+    random = generator(num_tokens)
+    inputs = [torch.randn(num_tokens, shape.num_experts, generator=random).to(dtype) for _ in range(_NUM_INPUTS)]
 
-    def ours(i: int):
-        return route(inputs[i % _NUM_INPUTS], top_k, renormalize=True)
+    def ours(i: int, backend: str):
+        return route(inputs[i % _NUM_INPUTS], top_k, renormalize=True, backend=backend)
 
     def softmax_topk(i: int):
         # what the routers of transformers do
@@ -37,8 +43,8 @@ def _cell(context: Context, shape_name: str, dtype: torch.dtype, num_tokens: int
     def topk_only(i: int):
         return inputs[i % _NUM_INPUTS].topk(top_k, dim=1)
 
-    def checked() -> Check:
-        ids, weights = ours(0)
+    def checked(backend: str) -> Check:
+        ids, weights = ours(0, backend)
         expected_ids, expected = route(inputs[0].double(), top_k, renormalize=True, backend="reference")
         # ids may differ where two scores tie to float32's rounding, so it is the weights that are compared
         eager = route(inputs[0].float(), top_k, renormalize=True, backend="reference")[1]
@@ -47,10 +53,19 @@ def _cell(context: Context, shape_name: str, dtype: torch.dtype, num_tokens: int
         return check(weights, expected, eager, "topk_weights")
 
     candidates = [
-        Candidate("ours", ours, checked, True, _dispatch.resolve("route", "auto", "cpu")),
+        *(
+            Candidate(name, partial(ours, backend=backend), partial(checked, backend), True, backend)
+            for name, backend in our_backends("route").items()
+        ),
         Candidate("torch_softmax_topk", softmax_topk, version=torch.__version__),
         Candidate("torch_topk_only", topk_only, version=torch.__version__),
     ]
+    if context.wants("moe_ops", False) and module_missing("moe_ops", "moe-ops") is None:
+        import moe_ops
+
+        fused = moe_ops.fused_topk_softmax
+        version = installed_version("moe-ops")
+        candidates.append(Candidate("moe_ops", lambda i: fused(inputs[i % _NUM_INPUTS], top_k), version=version))
     return Cell(
         op="route",
         shape=shape_name,

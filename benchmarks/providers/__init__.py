@@ -1,8 +1,10 @@
 """Everyone who computes an expert FFN, by name; see base.py for what a provider is."""
 
 from benchmarks.providers.base import Batch, Layer, Provider, Run
+from benchmarks.providers.liger import Liger
+from benchmarks.providers.moe_ops import MoeOps
 from benchmarks.providers.onnxruntime_moe import OnnxRuntimeMoE
-from benchmarks.providers.ours import Ours, OursPrepacked
+from benchmarks.providers.ours import Ours, OursPrepacked, OursTriton
 from benchmarks.providers.torch_ops import TorchCompile, TorchGroupedMM, TorchMM
 from benchmarks.providers.transformers_experts import (
     TransformersBatchedMM,
@@ -17,12 +19,15 @@ PROVIDERS: dict[str, Provider] = {
     for provider in (
         Ours(),
         OursPrepacked(),
+        OursTriton(),
         TorchMM(),
         TorchGroupedMM(),
         TorchCompile(),
         TransformersEager(),
         TransformersBatchedMM(),
         TransformersGroupedMM(),
+        Liger(),
+        MoeOps(),
         ZenTorch(),
         VllmSGL(),
         VllmVec(),

@@ -63,6 +63,7 @@ class Provider:
         what: one line for ``--list``.
         ours: it is this project's, so it has to be right before it is timed.
         default: it runs when ``--providers`` is not given.
+        devices: types of device that it runs on.
         trains: it is differentiable in the hidden states, the routing weights and both expert weights.
         trains_by_default: like ``default``, for the training step.
         distribution: whose version goes into the results.
@@ -74,6 +75,7 @@ class Provider:
     what = ""
     ours = False
     default = True
+    devices: tuple[str, ...] = ("cpu",)
     trains = False
     trains_by_default = True
     distribution = "torch"
@@ -91,7 +93,8 @@ class Provider:
         """Makes whatever is made once for a layer (packed copies, sessions) and returns the function to time."""
         raise NotImplementedError
 
-    def version(self) -> str:
+    def version(self, layer: Layer | None = None) -> str:
+        """What goes into the results beside the name; for a layer, where it depends on that."""
         return installed_version(self.distribution)
 
 

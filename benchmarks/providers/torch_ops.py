@@ -9,6 +9,7 @@ from benchmarks.providers.base import Batch, Layer, Provider, Run
 
 class TorchMM(Provider):
     name = "torch_mm"
+    devices = ("cpu", "cuda")
     what = "tokens sorted by expert, two torch.mm for each expert that has any, index_add_"
     trains = True
 
@@ -48,16 +49,18 @@ def grouped_mm_ffn(
     num_tokens, top_k = topk_ids.shape
     ids = topk_ids.reshape(-1)
     order = ids.argsort(stable=True)
-    ends = torch.bincount(ids, minlength=gate_up_proj.shape[0]).cumsum(0).int()
+    experts = torch.arange(gate_up_proj.shape[0], device=ids.device)
+    ends = torch.searchsorted(ids[order], experts, right=True, out_int32=True)  # bincount would wait for a GPU
     gate, up = F.grouped_mm(hidden_states[order // top_k], gate_up_proj.transpose(1, 2), offs=ends).chunk(2, dim=1)
     y = F.grouped_mm(F.silu(gate) * up, down_proj.transpose(1, 2), offs=ends)
     back = torch.empty_like(order)
-    back[order] = torch.arange(order.numel())
+    back[order] = torch.arange(order.numel(), device=order.device)
     return (y[back].view(num_tokens, top_k, -1) * topk_weights[..., None]).sum(1)
 
 
 class TorchGroupedMM(Provider):
     name = "torch_grouped_mm"
+    devices = ("cpu", "cuda")
     what = "torch.nn.functional.grouped_mm, gather before and weighted sum after"
     trains = True
 

@@ -10,6 +10,7 @@ _MAX_COPIED_BYTES = 2.2e9
 
 class _Transformers(Provider):
     implementation = ""
+    devices = ("cpu", "cuda")
     trains = True
     distribution = "transformers"
 
