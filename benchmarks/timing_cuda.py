@@ -57,6 +57,7 @@ def capture(function: Callable[[int], object], stream: torch.cuda.Stream, pool) 
     with torch.cuda.stream(stream):
         function(0)  # cuBLAS keeps a workspace a stream; it is not to come from the graph's pool
         stream.synchronize()
+        torch.cuda.empty_cache()  # nothing can be freed to make room during a capture
         graph.capture_begin(pool=pool)
         try:
             function(0)
