@@ -69,6 +69,7 @@ void launch_tiles(const char* op, const DeviceScope& scope, int device, const Te
   constexpr int kColumns = kGated ? kWeightRows : 2 * kWeightRows;
   const int64_t tiles = (ceil_div(gemm.num_rows, kTokens) + std::min(gemm.num_experts, gemm.num_rows)) *
                         ceil_div(gemm.num_columns, kColumns);
+  MOE_CHECK(tiles < (int64_t{1} << 31), op, ": too many tiles for one launch; split the tokens");
   const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, num_multiprocessors(device)));
   launch(scope, kernel, dim3(blocks), dim3(kThreads), static_cast<size_t>(shared), weights, tokens, gemm);
 }
