@@ -115,6 +115,16 @@ def test_an_evicted_slot_is_refused():
         multi(torch.randn(2, 12))
 
 
+@pytest.mark.parametrize("slot", [-1, 4])
+@pytest.mark.parametrize("method", ["adapter", "evict", "leave_alone"])
+def test_a_slot_outside_the_pool_is_refused(method, slot):
+    pool, _ = filled()
+    before = pool.ranks.clone()
+    with pytest.raises(ValueError, match=rf"AdapterPool: slot must be in \[0, num_slots=4\), got {slot}"):
+        getattr(pool, method)(slot)
+    assert torch.equal(pool.ranks, before)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_embedding(dtype):
     pool, adapters = filled(dtype)

@@ -54,8 +54,7 @@ class AdapterPool(nn.Module):
         """The first row where this adapter would go; raises where it does not fit. Changes nothing."""
         op = f"AdapterPool (adapter {adapter!r})"
         rank = lora_a.shape[0]
-        if not 0 <= slot < len(self.ranks):
-            raise value_error(op, "slot", f"in [0, num_slots={len(self.ranks)})", slot)
+        self._check_slot(op, slot)
         if lora_a.shape != (rank, self.in_features):
             raise shape_error(op, "lora_a", f"[rank, in={self.in_features}]", lora_a)
         if lora_b.shape != (self.out_features, rank):
@@ -103,20 +102,28 @@ class AdapterPool(nn.Module):
 
     def leave_alone(self, slot: int) -> None:
         """Fills a slot with an adapter that does nothing to this layer: rank 0, no row scaled."""
+        self._check_slot("AdapterPool", slot)
         self.ranks[slot] = 0
         if self.row_scale is not None:
             self.row_scale[slot] = 1
 
     def evict(self, slot: int) -> None:
         """Empties a slot: its rows may be given to others, and a batch that still names it is refused."""
+        self._check_slot("AdapterPool", slot)
         self.ranks[slot] = -1
 
     def adapter(self, slot: int) -> tuple[Tensor, Tensor]:
         """lora_a [rank, in_features] and lora_b [out_features, rank] of a slot, views of the pool."""
+        self._check_slot("AdapterPool", slot)
         start, rank = int(self.rank_starts[slot]), int(self.ranks[slot])
         if rank < 0:
             raise value_error("AdapterPool", "slot", "one that holds an adapter", slot)
         return self.lora_a[start : start + rank], self.lora_b[start : start + rank].T
+
+    def _check_slot(self, op: str, slot: int) -> None:
+        # -1 means no adapter everywhere else: as an index it would be the last slot's
+        if not 0 <= slot < len(self.ranks):
+            raise value_error(op, "slot", f"in [0, num_slots={len(self.ranks)})", slot)
 
     def _free_run(self, rank: int, slot: int) -> int | None:
         """The first run of ``rank`` rows that slots other than this one leave free."""
