@@ -361,6 +361,8 @@ def test_bad_input():
         ([a, b], [1, 1], dict(out="token"), "out must be one of logits, log_probs"),
         ([a, b], [1, 1], dict(anchor=2), r"anchor must be in \[0, num_sources=2\), got 2"),
         ([a, b], [1, 1], dict(temperature=0.0), "temperature must be above 0; out='argmax' is the limit at 0, got 0.0"),
+        ([a, b], [1, 1], dict(temperature=1e-46), "temperature must be between 1.18e-38 and 3.4e.38, the numbers of"),
+        ([a, b], [1, 1], dict(temperature=float("inf")), "temperature must be between .*, got inf"),
         ([a, b], [1, 1], dict(temperature=torch.ones(3)), r"temperature must be of shape \[num_rows=2\]"),
         ([a, b], [1, 1], dict(out="sample", seed=1), "request_ids must be given for out='sample'"),
         ([a, b], [1, 1], dict(out="sample", request_ids=ids), "seed must be given for out='sample'"),

@@ -120,6 +120,10 @@ def fuse_logits(
         if not temperature >= 0 or (temperature == 0 and out not in ("argmax", "sample")):
             expected = "above 0" + (" or 0" if out in ("argmax", "sample") else "; out='argmax' is the limit at 0")
             raise value_error("fuse_logits", "temperature", expected, temperature)
+        info = torch.finfo(weights.dtype)
+        if temperature != 0 and not info.tiny <= temperature <= info.max:
+            expected = f"between {info.tiny:.3g} and {info.max:.3g}, the numbers of {weights.dtype}"
+            raise value_error("fuse_logits", "temperature", expected, temperature)
         temperature = weights.new_full((num_rows,), float(temperature))
     if out == "sample":
         _check_draw("fuse_logits", request_ids, num_rows, seed, step)
