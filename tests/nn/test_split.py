@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_kernels.nn import split_dense
+from moe_kernels.nn import split_dense, upcycle
 from moe_kernels.nn.split import expert_output_lengths, fit_router, group_neurons, recognize_activation
 from moe_kernels.testing import assert_close_to_reference
 
@@ -48,6 +48,14 @@ def test_all_experts_are_the_dense_layer(mlp, calibration, num_experts, dtype):
     mlp = mlp.to(dtype)
     split = split_dense(mlp, num_experts, num_experts, calibration)
     assert_close_to_reference(split(x), copy.deepcopy(mlp).double()(x.double()), mlp(x))
+
+
+# a layer in training mode counts its experts' tokens: one layer of a model in eval mode must not begin to
+@pytest.mark.parametrize("training", [True, False])
+def test_the_mode_is_the_dense_layers(mlp, calibration, training):
+    mlp.train(training)
+    for layer in (split_dense(mlp, NUM_EXPERTS, 2, calibration), upcycle(mlp, NUM_EXPERTS, 2)):
+        assert {module.training for module in layer.modules()} == {training}
 
 
 def test_every_neuron_belongs_to_one_expert():

@@ -128,7 +128,7 @@ def split_dense(
     split.down_proj.copy_(down_proj.T[neurons].transpose(1, 2))
     split.router.weight.copy_(weight)
     split.router.bias.copy_(bias)
-    return split
+    return split.train(mlp.training)
 
 
 def group_neurons(neuron_activations: Tensor, down_proj: Tensor, num_experts: int) -> Tensor:

@@ -97,7 +97,7 @@ def _upcycle_layer(mlps: list[nn.Module], num_experts: int, top_k: int, std: flo
         layer.gate_up_proj[expert] = torch.cat([gate, up])
         layer.down_proj[expert] = down
     layer.router.weight.copy_(_normal(layer.router.weight, std, generator))
-    return layer
+    return layer.train(mlps[0].training)
 
 
 def _upcycle_model(models: list[nn.Module], num_experts: int, top_k: int, rest: str, std: float, generator):
