@@ -95,6 +95,7 @@ def llama_attention(seed: int):
 def test_copies_of_one_attention_compute_it(share_kv):
     attention, rotary = llama_attention(0)
     module = MoEAttention.from_attentions([attention, attention], 4, 2, share_kv=share_kv)
+    assert not attention.training and not any(part.training for part in module.modules())
     x = torch.randn(2, 7, 16)
     positions = rotary(x, torch.arange(7)[None])
     double, double_positions = copy.deepcopy(attention).double(), tuple(table.double() for table in positions)

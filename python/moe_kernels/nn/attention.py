@@ -169,4 +169,4 @@ class MoEAttention(nn.Module):
         for name, stack in stacks.items():
             parameter = getattr(mixture, name)
             parameter.copy_(stack if parameter.shape == stack.shape else stack.mean(0, keepdim=True))
-        return mixture
+        return mixture.train(attentions[0].training)

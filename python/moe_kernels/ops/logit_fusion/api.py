@@ -79,7 +79,8 @@ def fuse_logits(
         rows: [num_rows, K] int64: which row of the one tensor is source k of a row (guidance within one batch). Where a
             gradient is needed the rows are copied.
         temperature: a number or a tensor [num_rows]; 0 makes "sample" take the largest; what is no token has no limit
-            there: a number is refused, a row of a tensor broken.
+            there: a number is refused, a row of a tensor broken. So is a number that is no normal one in the dtype of
+            the weights, infinity for one.
         anchor: the source whose logits ``mask`` filters.
         mask: contrastive decoding's plausibility is ``TokenFilter(min_p=0.1)``, DExperts' nucleus
             ``TokenFilter(top_p=0.9)``.
