@@ -12,7 +12,8 @@ std::vector<std::string> runnable_isas() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
 #ifdef MOE_HAS_avx2
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&
+      __builtin_cpu_supports("bmi2"))
     isas.push_back("avx2");
 #endif
 #ifdef MOE_EMULATE_AVX512

@@ -146,25 +146,70 @@ inline __m256bh cvtneps(__m512 v) {
   return make<__m256bh, uint16_t>([&](int i) { return to_bf16(x.lane[i]); });
 }
 
+inline __m512bh cvtne2ps(__m512 high, __m512 low) {
+  const Lanes<uint32_t, __m512> x(low), y(high);
+  return make<__m512bh, uint16_t>([&](int i) { return to_bf16(i < 16 ? x.lane[i] : y.lane[i - 16]); });
+}
+// Lane i of `yes` where bit i of the mask is set.
+template <class Lane, class V>
+inline V blend(uint64_t mask, V no, V yes) {
+  const Lanes<Lane, V> x(no), y(yes);
+  return make<V, Lane>([&](int i) { return mask >> i & 1 ? y.lane[i] : x.lane[i]; });
+}
+template <class Lane>
+inline __m512i all_ones(uint64_t mask) {
+  return make<__m512i, Lane>([&](int i) { return mask >> i & 1 ? Lane(-1) : Lane(0); });
+}
+template <class Lane, class F>
+inline uint64_t lanes_where(__m512i a, __m512i b, const F& holds) {
+  const Lanes<Lane, __m512i> x(a), y(b);
+  uint64_t bits = 0;
+  for (int i = 0; i < x.kCount; ++i) bits |= static_cast<uint64_t>(holds(x.lane[i], y.lane[i])) << i;
+  return bits;
+}
+inline __mmask16 test_32(__m512i a, __m512i b) {
+  return static_cast<__mmask16>(lanes_where<uint32_t>(a, b, [](uint32_t x, uint32_t y) { return (x & y) != 0; }));
+}
+inline __mmask32 testn_16(__m512i a, __m512i b) {
+  return static_cast<__mmask32>(lanes_where<uint16_t>(a, b, [](uint16_t x, uint16_t y) { return (x & y) == 0; }));
+}
+inline __mmask32 greater_u16(__m512i a, __m512i b) {
+  return static_cast<__mmask32>(lanes_where<uint16_t>(a, b, [](uint16_t x, uint16_t y) { return x > y; }));
+}
+inline __m512i set1_16(int x) {
+  return make<__m512i, uint16_t>([&](int) { return static_cast<uint16_t>(x); });
+}
+
 }  // namespace moe::emulated
 
 #undef _mm512_setr_epi32  // a macro in the compiler's header
 #define _mm512_add_ps(a, b) ((__m512)((a) + (b)))
+#define _mm512_and_si512(a, b) ((__m512i)((a) & (b)))
 #define _mm512_broadcast_i32x4(v) moe::emulated::four_times(v)
 #define _mm512_castps512_ps256(v) moe::emulated::half<__m256>(v, 0)
 #define _mm512_extractf32x8_ps(v, index) moe::emulated::half<__m256>(v, index)
 #define _mm512_cvtepu16_epi32(v) moe::emulated::widen_u16(v)
+#define _mm512_cmpgt_epu16_mask(a, b) moe::emulated::greater_u16(a, b)
+#define _mm512_cvtne2ps_pbh(high, low) moe::emulated::cvtne2ps(high, low)
 #define _mm512_cvtneps_pbh(v) moe::emulated::cvtneps(v)
 #define _mm512_cvtph_ps(v) moe::emulated::from_fp16(v)
 #define _mm512_cvtps_ph(v, rounding) moe::emulated::to_fp16(v)
 #define _mm512_dpbf16_ps(sum, a, b) moe::emulated::dpbf16(sum, a, b)
 #define _mm512_loadu_si512(p) moe::emulated::loadu(p)
 #define _mm512_madd_epi16(a, b) moe::emulated::madd(a, b)
+#define _mm512_mask_add_pd(no, mask, a, b) moe::emulated::blend<double>(mask, no, (__m512d)((a) + (b)))
+#define _mm512_mask_add_ps(no, mask, a, b) moe::emulated::blend<float>(mask, no, (__m512)((a) + (b)))
+#define _mm512_mask_blend_epi16(mask, no, yes) moe::emulated::blend<uint16_t>(mask, no, yes)
+#define _mm512_mask_blend_pd(mask, no, yes) moe::emulated::blend<double>(mask, no, yes)
+#define _mm512_mask_blend_ps(mask, no, yes) moe::emulated::blend<float>(mask, no, yes)
 #define _mm512_maskz_loadu_epi16(mask, p) moe::emulated::maskz_loadu_16(mask, p)
+#define _mm512_movm_epi32(mask) moe::emulated::all_ones<uint32_t>(mask)
+#define _mm512_movm_epi64(mask) moe::emulated::all_ones<uint64_t>(mask)
 #define _mm512_movepi32_mask(v) moe::emulated::sign_bits<int32_t>(v)
 #define _mm512_movepi64_mask(v) moe::emulated::sign_bits<int64_t>(v)
 #define _mm512_or_si512(a, b) ((__m512i)((a) | (b)))
 #define _mm512_permutex2var_ps(a, index, b) moe::emulated::permute2(a, index, b)
+#define _mm512_set1_epi16(x) moe::emulated::set1_16(x)
 #define _mm512_set1_epi32(x) (__m512i)((__v16si{} + (x)))
 #define _mm512_setr_epi32(...) moe::emulated::setr(__VA_ARGS__)
 #define _mm512_setzero_si512() (__m512i{})
@@ -172,6 +217,8 @@ inline __m256bh cvtneps(__m512 v) {
 #define _mm512_slli_epi32(v, bits) ((__m512i)((__v16su)(v) << (bits)))
 #define _mm512_storeu_si512(p, v) moe::emulated::storeu(p, v)
 #define _mm512_stream_si512(p, v) moe::emulated::storeu(p, v)
+#define _mm512_test_epi32_mask(a, b) moe::emulated::test_32(a, b)
+#define _mm512_testn_epi16_mask(a, b) moe::emulated::testn_16(a, b)
 #define _mm512_unpackhi_epi16(a, b) moe::emulated::unpack<uint16_t, true>(a, b)
 #define _mm512_unpacklo_epi16(a, b) moe::emulated::unpack<uint16_t, false>(a, b)
 #define _mm512_unpackhi_ps(a, b) moe::emulated::unpack<float, true>(a, b)

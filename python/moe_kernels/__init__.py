@@ -76,6 +76,7 @@ from moe_kernels.ops.routed_lora import (  # noqa: E402
     routed_lora,
     sgmv,
 )
+from moe_kernels.ops.task_vector import TernaryDelta, Undo, apply_, unapply_  # noqa: E402
 
 __all__ = [
     "Activation",
@@ -83,7 +84,10 @@ __all__ = [
     "LoRARouting",
     "PrepackedWeights",
     "QuantizedWeights",
+    "TernaryDelta",
     "TokenFilter",
+    "Undo",
+    "apply_",
     "balance_loss",
     "bgmv",
     "consistency_loss",
@@ -122,6 +126,7 @@ __all__ = [
     "routed_lora",
     "sgmv",
     "tune_experts",
+    "unapply_",
     "unpermute",
     "update_expert_bias_",
     "z_loss",

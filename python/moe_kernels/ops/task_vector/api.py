@@ -1,0 +1,159 @@
+"""Public functions of the task-vector room that change weights in place: :func:`apply_`, :func:`unapply_`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_kernels._checks import FLOAT_DTYPES, check_same_device, check_tensor, dtype_error, shape_error, value_error
+from moe_kernels._dispatch import Backend, resolve
+from moe_kernels.ops.task_vector import native, reference
+from moe_kernels.ops.task_vector.ternary import TernaryDelta
+
+
+@dataclass(eq=False)
+class Undo:
+    """What :func:`apply_` kept so that :func:`unapply_` can restore a weight to the last bit.
+
+    Two bits for each element that a task vector touches, and the few weights that arithmetic cannot find again. The
+    task vectors are held, not copied: they must stay as they are.
+
+    Attributes:
+        deltas: the task vectors that were added.
+        values: of ``t = 1`` of each.
+        parts: the tensors, as ``apply_ternary_undoable`` (or the reference) gives them.
+        version: generation of the weight, PyTorch's own count of its in-place changes; None for a weight of inference
+            mode, which has none.
+    """
+
+    deltas: tuple[TernaryDelta, ...]
+    values: tuple[float, ...]
+    parts: tuple[Tensor, ...]
+    version: int | None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory beyond the task vectors', in bytes."""
+        return sum(part.numel() * part.element_size() for part in self.parts)
+
+
+def apply_(
+    weight: Tensor,
+    deltas: TernaryDelta | Sequence[TernaryDelta],
+    coefficients: float | Sequence[float] = 1.0,
+    *,
+    undo: bool = False,
+    backend: Backend = "auto",
+) -> Undo | None:
+    """Adds task vectors to a weight in place, all of them in one pass with one rounding.
+
+    ``weight = round(weight + s)`` with ``s = sum_i value_i * t_i`` and ``value_i = coefficient_i * delta_i.scale``,
+    where any ``t_i`` is not zero. Sums run in the order of ``deltas`` in float32 (float64 for float64 weights), in
+    which ``value_i`` is rounded once; ``s`` is added last. As t is -1, 0 or 1 every product is exact, so all backends
+    give the same bits. Elements that no vector touches, and NaN, keep their bits.
+
+    Args:
+        weight: any shape, float32, bfloat16, float16 or float64. It may require gradients: it is changed as by an
+            optimiser, outside of autograd. Weights that are not contiguous go through a contiguous copy.
+        deltas: task vectors of the weight's shape, on its device.
+        coefficients: one for each, or one for all (ComPEFT's alpha, task arithmetic's lambda); may be negative.
+        undo: whether to keep what :func:`unapply_` needs.
+        backend: see :mod:`moe_kernels`.
+
+    Returns:
+        The :class:`Undo`, or None where ``undo`` is false.
+
+    Sources: ComPEFT (arXiv 2311.13171) for ternary task vectors; task arithmetic (arXiv 2212.04089).
+    """
+    op = "apply_"
+    deltas, values = _check(op, weight, deltas, coefficients)
+    if not deltas:
+        return Undo((), (), (), _version(weight)) if undo else None
+    parts: tuple[Tensor, ...] | None = None
+    with torch.no_grad():
+        target = weight.detach()
+        work = target.contiguous()
+        if resolve(op, backend, weight.device.type) == "reference":
+            if undo:
+                parts = reference.apply_undoable_(work, deltas, values)
+            else:
+                reference.apply_(work, deltas, values)
+        else:
+            planes = [delta.planes for delta in deltas]
+            if undo:
+                parts = native.apply_ternary_undoable(work, planes, values)
+            else:
+                native.apply_ternary(work, planes, values)
+        _finish(weight, target, work)
+    return Undo(tuple(deltas), tuple(values), parts, _version(weight)) if undo else None
+
+
+def unapply_(weight: Tensor, undo: Undo, *, backend: Backend = "auto") -> None:
+    """Takes back what :func:`apply_` added: every bit of the weight is as it was before.
+
+    Args:
+        weight: as :func:`apply_` left it.
+        undo: what it returned with ``undo=True``.
+        backend: the one that applied, or any other of the same kind (the reference keeps other tensors).
+
+    Raises:
+        RuntimeError: the weight was changed in place since, or was already taken back; it is left alone.
+    """
+    op = "unapply_"
+    check_tensor(op, "weight", weight)
+    if not isinstance(undo, Undo):
+        raise TypeError(f"{op}: undo must be what apply_ returned with undo=True, got {type(undo).__name__}")
+    if undo.version != _version(weight):
+        raise RuntimeError(
+            f"{op}: the weight was changed since apply_ (version {_version(weight)}, expected {undo.version}); nothing "
+            "was taken back. Undo in reverse order, or add several task vectors in one call"
+        )
+    if not undo.deltas:
+        return
+    _check(op, weight, undo.deltas, 1.0)
+    with torch.no_grad():
+        target = weight.detach()
+        work = target.contiguous()
+        if len(undo.parts) == 2:
+            reference.unapply_(work, undo.deltas, undo.values, *undo.parts)
+        elif resolve(op, backend, weight.device.type) == "reference":
+            raise value_error(op, "backend", "that of apply_", "reference")
+        else:
+            native.unapply_ternary(work, [delta.planes for delta in undo.deltas], undo.values, *undo.parts)
+        _finish(weight, target, work)
+
+
+def _check(op: str, weight: Tensor, deltas, coefficients) -> tuple[list[TernaryDelta], list[float]]:
+    check_tensor(op, "weight", weight)
+    if weight.dtype not in FLOAT_DTYPES:
+        raise dtype_error(op, "weight", FLOAT_DTYPES, weight)
+    deltas = [deltas] if isinstance(deltas, TernaryDelta) else list(deltas)
+    for delta in deltas:
+        if not isinstance(delta, TernaryDelta):
+            raise TypeError(f"{op}: deltas must be TernaryDelta, got {type(delta).__name__}; call compress first")
+        if delta.shape != weight.shape:
+            raise shape_error(op, "weight", str(list(delta.shape)), weight, "the task vector is of another tensor")
+    check_same_device(op, weight=weight, **{f"deltas[{i}]": delta.planes for i, delta in enumerate(deltas)})
+    given = (
+        [float(coefficients)] * len(deltas) if isinstance(coefficients, (int, float)) else [*map(float, coefficients)]
+    )
+    if len(given) != len(deltas):
+        raise value_error(op, "coefficients", f"one number or {len(deltas)}, one a delta", f"{len(given)}")
+    values = [coefficient * delta.scale for coefficient, delta in zip(given, deltas, strict=True)]
+    dtype = reference.accumulator(weight.dtype)
+    # the largest sum is below infinity: no s is NaN
+    if not sum(map(abs, values)) <= torch.finfo(dtype).max:
+        raise value_error(op, "coefficients", f"such that the sum of |coefficient * scale| is finite in {dtype}", given)
+    return deltas, values if dtype == torch.float64 else torch.tensor(values, dtype=dtype).tolist()
+
+
+def _version(weight: Tensor) -> int | None:
+    return None if weight.is_inference() else weight._version
+
+
+def _finish(weight: Tensor, target: Tensor, work: Tensor) -> None:
+    if work.data_ptr() != target.data_ptr():
+        target.copy_(work)
+    elif not weight.is_inference():
+        torch.autograd.graph.increment_version(weight)
