@@ -25,7 +25,7 @@ ALLOWED = {
     "api": {"_checks", "_dispatch", "activation", "autograd", "native", "reference"},
 }
 #: files of a room beyond the six, each of them data that other rooms may read
-DATA_FILES = {"plan", "prepacked", "quantized", "ternary", "tiles", "token_filter"}
+DATA_FILES = {"packed", "plan", "prepacked", "quantized", "ternary", "tiles", "token_filter"}
 #: rooms in plain PyTorch: their results are what other rooms' kernels read, and no gradient flows through them
 WITHOUT_KERNELS = {"quantize"}
 #: rooms whose ops change weights or make new ones outside of autograd
@@ -35,6 +35,7 @@ PUBLIC_FILES = {
     "logit_fusion": {"presets", "tilt"},
     "route": {"capacity", "expert_choice", "forced", "logits", "losses", "random", "top_p", "two_level"},
     "routed_lora": {"serving"},
+    "task_vector": {"compress"},
 }
 
 

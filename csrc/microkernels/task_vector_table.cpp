@@ -2,12 +2,15 @@
 #include "microkernels/task_vector_table.h"
 
 #include "microkernels/apply_ternary.h"
+#include "microkernels/select_ternary.h"
+#include "microkernels/split_rice.h"
 
 namespace moe::MOE_ISA {
 
 template <class T>
 static constexpr TaskVectorKernels<T> make() {
   return {
+      .differences = differences<T>,
       .apply = apply<T>,
       .apply_undoable = apply_undoable<T>,
       .unapply = unapply<T>,
@@ -15,6 +18,21 @@ static constexpr TaskVectorKernels<T> make() {
 }
 
 extern const TaskVectorKernelTable task_vector_table;
-const TaskVectorKernelTable task_vector_table = {make<float>(), make<bf16>(), make<fp16>(), make<double>()};
+const TaskVectorKernelTable task_vector_table = {
+    .f32 = make<float>(),
+    .b16 = make<bf16>(),
+    .f16 = make<fp16>(),
+    .f64 = make<double>(),
+    .codec =
+        {
+            .count_magnitudes = count_magnitudes,
+            .count_low_magnitudes = count_low_magnitudes,
+            .add_moments = add_moments,
+            .select_ternary = select_ternary,
+            .choose_block = choose_block,
+            .encode_block = encode_block,
+            .decode_block = decode_block,
+        },
+};
 
 }  // namespace moe::MOE_ISA

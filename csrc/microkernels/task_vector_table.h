@@ -34,9 +34,43 @@ struct UndoStream {
   T* kept;
 };
 
+// How a block of the packed format is written; the numbers are those of the format.
+enum class PackedMode : int { empty, rice, bitmap, all, rice_of_zeros };
+constexpr int kLargestRice = 11;  // gaps are below 4096: more low bits than 12 are never set, and 12 never pay
+
+struct PackedChoice {
+  PackedMode mode;
+  int k;
+  int64_t count, num_bits;
+};
+
+// 16 bytes after the last bit may be read.
+struct PackedBlock {
+  const uint8_t* bytes;
+  int64_t num_bits;  // no more than these belong to it
+  int64_t size, count;
+  PackedMode mode;
+  int k;
+};
+
+constexpr int kMomentLanes = 32;  // sums that run beside each other
+constexpr int kLowBits = 15;  // of a magnitude's 31 bits, those that the second histogram counts
+
+// On blocks of at most kTernaryBlock elements.
+struct TernaryCodecKernels {
+  void (*count_magnitudes)(const float* t, int64_t n, uint32_t* counts);
+  void (*count_low_magnitudes)(const float* t, int64_t n, uint32_t high, uint32_t* counts);
+  void (*add_moments)(const float* t, int64_t n, double* moments);
+  int64_t (*select_ternary)(const float* t, int64_t n, uint32_t threshold, bool equal, uint64_t* planes);
+  PackedChoice (*choose_block)(const uint64_t* planes, int64_t size);
+  void (*encode_block)(const uint64_t* planes, int64_t size, const PackedChoice& choice, uint8_t* out);
+  bool (*decode_block)(const PackedBlock& block, uint64_t* planes);
+};
+
 template <class T>
 struct TaskVectorKernels {
   using Acc = acc_t<T>;
+  void (*differences)(const T* x, const T* base, int64_t n, float* t);
   // w = round(w + s), s = sum_i value_i t_i in order in Acc, where any t is not zero and w is not NaN. n <= kTernaryBlock
   void (*apply)(T* weight, int64_t n, const TernarySource<Acc>* sources, int64_t num_sources);
   // and writes what takes it back; returns the number of kept
@@ -50,6 +84,7 @@ struct TaskVectorKernelTable {
   TaskVectorKernels<bf16> b16;
   TaskVectorKernels<fp16> f16;
   TaskVectorKernels<double> f64;
+  TernaryCodecKernels codec;
 };
 
 // The table of the instruction set that common/cpu_isa.h chose, once a process.

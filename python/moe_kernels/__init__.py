@@ -76,12 +76,21 @@ from moe_kernels.ops.routed_lora import (  # noqa: E402
     routed_lora,
     sgmv,
 )
-from moe_kernels.ops.task_vector import TernaryDelta, Undo, apply_, unapply_  # noqa: E402
+from moe_kernels.ops.task_vector import (  # noqa: E402
+    PackedDelta,
+    TernaryDelta,
+    Undo,
+    apply_,
+    compress,
+    decompress,
+    unapply_,
+)
 
 __all__ = [
     "Activation",
     "DispatchPlan",
     "LoRARouting",
+    "PackedDelta",
     "PrepackedWeights",
     "QuantizedWeights",
     "TernaryDelta",
@@ -90,8 +99,10 @@ __all__ = [
     "apply_",
     "balance_loss",
     "bgmv",
+    "compress",
     "consistency_loss",
     "cosine_logits",
+    "decompress",
     "empty_cache",
     "entropy_loss",
     "expert_capacity",

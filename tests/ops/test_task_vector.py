@@ -235,7 +235,7 @@ def test_bad_input():
         apply_(torch.randn(5, 4), delta)
     with pytest.raises(TypeError, match="apply_: weight must be one of"):
         apply_(torch.zeros(4, 5, dtype=torch.int32), delta)
-    with pytest.raises(TypeError, match="apply_: deltas must be TernaryDelta, got Tensor"):
+    with pytest.raises(TypeError, match="apply_: deltas must be TernaryDelta or PackedDelta, got Tensor"):
         apply_(weight, [torch.zeros(4, 5)])
     with pytest.raises(ValueError, match="apply_: coefficients must be one number or 1"):
         apply_(weight, delta, [1.0, 2.0])

@@ -31,6 +31,7 @@ void apply_cpu(Tensor weight, std::vector<Tensor> deltas, std::vector<double> va
       for (int64_t b = begin; b < end; ++b)
         task_vector_kernels<T>().apply(w + b * kTernaryBlock, sources.block_size(b), sources.block(b), sources.count());
     });
+    sources.check_whole("apply_");
   });
 }
 
@@ -75,6 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apply_undoable_cpu(Tensor weight, std
         kept_of[static_cast<size_t>(b)].assign(kept_here, kept_here + kept_at[b + 1]);
       }
     });
+    sources.check_whole("apply_");
     kept_at[0] = 0;
     for (int64_t b = 0; b < num_blocks; ++b) kept_at[b + 1] += kept_at[b];
     kept = torch::stable::new_empty(weight, {kept_at[num_blocks]});
@@ -108,6 +110,7 @@ void unapply_cpu(Tensor weight, std::vector<Tensor> deltas, std::vector<double> 
             w + b * kTernaryBlock, sources.block_size(b), sources.block(b), sources.count(),
             {moved + words[b], moved + num_words + words[b], all + kept_at[b]});
     });
+    sources.check_whole("unapply_");
   });
 }
 

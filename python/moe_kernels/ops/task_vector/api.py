@@ -1,6 +1,6 @@
-"""Public functions of the task-vector room that change weights in place: :func:`apply_`, :func:`unapply_`."""
+"""What is done with task vectors: :func:`apply_`, :func:`unapply_`, :func:`decompress`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_kernels._checks import FLOAT_DTYPES, check_same_device, check_tensor, dtype_error, shape_error, value_error
 from moe_kernels._dispatch import Backend, resolve
 from moe_kernels.ops.task_vector import native, reference
+from moe_kernels.ops.task_vector.packed import PackedDelta
 from moe_kernels.ops.task_vector.ternary import TernaryDelta
 
 
@@ -27,7 +28,7 @@ class Undo:
             mode, which has none.
     """
 
-    deltas: tuple[TernaryDelta, ...]
+    deltas: tuple[TernaryDelta | PackedDelta, ...]
     values: tuple[float, ...]
     parts: tuple[Tensor, ...]
     version: int | None
@@ -40,7 +41,7 @@ class Undo:
 
 def apply_(
     weight: Tensor,
-    deltas: TernaryDelta | Sequence[TernaryDelta],
+    deltas: TernaryDelta | PackedDelta | Sequence[TernaryDelta | PackedDelta],
     coefficients: float | Sequence[float] = 1.0,
     *,
     undo: bool = False,
@@ -56,7 +57,8 @@ def apply_(
     Args:
         weight: any shape, float32, bfloat16, float16 or float64. It may require gradients: it is changed as by an
             optimiser, outside of autograd. Weights that are not contiguous go through a contiguous copy.
-        deltas: task vectors of the weight's shape, on its device.
+        deltas: task vectors of the weight's shape, on its device. Packed ones are decoded on the way, a block of 4096
+            elements at a time on the CPU; elsewhere their planes are made first.
         coefficients: one for each, or one for all (ComPEFT's alpha, task arithmetic's lambda); may be negative.
         undo: whether to keep what :func:`unapply_` needs.
         backend: see :mod:`moe_kernels`.
@@ -76,15 +78,13 @@ def apply_(
         work = target.contiguous()
         if resolve(op, backend, weight.device.type) == "reference":
             if undo:
-                parts = reference.apply_undoable_(work, deltas, values)
+                parts = reference.apply_undoable_(work, _planes(deltas), values)
             else:
-                reference.apply_(work, deltas, values)
+                reference.apply_(work, _planes(deltas), values)
+        elif undo:
+            parts = native.apply_ternary_undoable(work, _tensors(deltas), values)
         else:
-            planes = [delta.planes for delta in deltas]
-            if undo:
-                parts = native.apply_ternary_undoable(work, planes, values)
-            else:
-                native.apply_ternary(work, planes, values)
+            native.apply_ternary(work, _tensors(deltas), values)
         _finish(weight, target, work)
     return Undo(tuple(deltas), tuple(values), parts, _version(weight)) if undo else None
 
@@ -116,25 +116,59 @@ def unapply_(weight: Tensor, undo: Undo, *, backend: Backend = "auto") -> None:
         target = weight.detach()
         work = target.contiguous()
         if len(undo.parts) == 2:
-            reference.unapply_(work, undo.deltas, undo.values, *undo.parts)
+            reference.unapply_(work, _planes(undo.deltas), undo.values, *undo.parts)
         elif resolve(op, backend, weight.device.type) == "reference":
             raise value_error(op, "backend", "that of apply_", "reference")
         else:
-            native.unapply_ternary(work, [delta.planes for delta in undo.deltas], undo.values, *undo.parts)
+            native.unapply_ternary(work, _tensors(undo.deltas), undo.values, *undo.parts)
         _finish(weight, target, work)
+
+
+def decompress(
+    packed: PackedDelta | Mapping[str, PackedDelta], *, backend: Backend = "auto"
+) -> TernaryDelta | dict[str, TernaryDelta]:
+    """Bit planes of a packed task vector, or of each one of a state dict: 2 bits a parameter, fast to use.
+
+    Raises:
+        ValueError: the bytes are damaged.
+    """
+    if isinstance(packed, Mapping):
+        return {name: decompress(one, backend=backend) for name, one in packed.items()}
+    if not isinstance(packed, PackedDelta):
+        raise TypeError(f"decompress: packed must be a PackedDelta, got {type(packed).__name__}; call compress first")
+    return TernaryDelta(_unpack(packed, backend), packed.shape, packed.scale)
+
+
+def check_packed(packed: PackedDelta) -> None:
+    """Reads all of it. Raises ValueError where it is damaged."""
+    _unpack(packed, "auto")
+
+
+def _unpack(packed: PackedDelta, backend: Backend) -> Tensor:
+    # a file's format, made and read on the host: other devices get the planes
+    data = packed.data.cpu()
+    if resolve("decompress", backend, "cpu") == "reference":
+        planes = reference.unpack(data)
+    else:
+        try:
+            planes = native.unpack_ternary(data)
+        except RuntimeError as error:
+            raise ValueError(str(error).split("\n")[0]) from None
+    return planes.to(packed.device)
 
 
 def _check(op: str, weight: Tensor, deltas, coefficients) -> tuple[list[TernaryDelta], list[float]]:
     check_tensor(op, "weight", weight)
     if weight.dtype not in FLOAT_DTYPES:
         raise dtype_error(op, "weight", FLOAT_DTYPES, weight)
-    deltas = [deltas] if isinstance(deltas, TernaryDelta) else list(deltas)
+    deltas = [deltas] if isinstance(deltas, (TernaryDelta, PackedDelta)) else list(deltas)
     for delta in deltas:
-        if not isinstance(delta, TernaryDelta):
-            raise TypeError(f"{op}: deltas must be TernaryDelta, got {type(delta).__name__}; call compress first")
+        if not isinstance(delta, (TernaryDelta, PackedDelta)):
+            expected = "TernaryDelta or PackedDelta"
+            raise TypeError(f"{op}: deltas must be {expected}, got {type(delta).__name__}; call compress first")
         if delta.shape != weight.shape:
             raise shape_error(op, "weight", str(list(delta.shape)), weight, "the task vector is of another tensor")
-    check_same_device(op, weight=weight, **{f"deltas[{i}]": delta.planes for i, delta in enumerate(deltas)})
+    check_same_device(op, weight=weight, **{f"deltas[{i}]": _tensor(delta) for i, delta in enumerate(deltas)})
     given = (
         [float(coefficients)] * len(deltas) if isinstance(coefficients, (int, float)) else [*map(float, coefficients)]
     )
@@ -146,6 +180,19 @@ def _check(op: str, weight: Tensor, deltas, coefficients) -> tuple[list[TernaryD
     if not sum(map(abs, values)) <= torch.finfo(dtype).max:
         raise value_error(op, "coefficients", f"such that the sum of |coefficient * scale| is finite in {dtype}", given)
     return deltas, values if dtype == torch.float64 else torch.tensor(values, dtype=dtype).tolist()
+
+
+def _tensor(delta: TernaryDelta | PackedDelta) -> Tensor:
+    return delta.data if isinstance(delta, PackedDelta) else delta.planes
+
+
+def _tensors(deltas) -> list[Tensor]:
+    """What the kernels take."""
+    return [_tensor(delta) if delta.device.type == "cpu" else _planes([delta])[0].planes for delta in deltas]
+
+
+def _planes(deltas) -> list[TernaryDelta]:
+    return [decompress(delta) if isinstance(delta, PackedDelta) else delta for delta in deltas]
 
 
 def _version(weight: Tensor) -> int | None:

@@ -40,3 +40,45 @@ def _(weight: Tensor, deltas, values):
 @torch.library.register_fake("moe_kernels::unapply_ternary")
 def _(weight: Tensor, *rest):
     return None
+
+
+torch.library.define("moe_kernels::count_magnitudes", "(Tensor tensor, Tensor? base, int prefix) -> Tensor")
+torch.library.define("moe_kernels::delta_moments", "(Tensor tensor, Tensor? base) -> Tensor")
+torch.library.define(
+    "moe_kernels::select_ternary", "(Tensor tensor, Tensor? base, int threshold, int num_ties) -> Tensor"
+)
+torch.library.define(
+    "moe_kernels::pack_ternary", "(Tensor planes, int[] shape, float scale, float sigma, int base_hash) -> Tensor"
+)
+torch.library.define("moe_kernels::unpack_ternary", "(Tensor packed) -> Tensor")
+
+count_magnitudes = torch.ops.moe_kernels.count_magnitudes.default
+delta_moments = torch.ops.moe_kernels.delta_moments.default
+select_ternary = torch.ops.moe_kernels.select_ternary.default
+pack_ternary = torch.ops.moe_kernels.pack_ternary.default
+unpack_ternary = torch.ops.moe_kernels.unpack_ternary.default
+
+
+@torch.library.register_fake("moe_kernels::count_magnitudes")
+def _(tensor: Tensor, base: Tensor | None, prefix: int):
+    return tensor.new_empty(2**16 if prefix < 0 else 2**15, dtype=torch.int64)
+
+
+@torch.library.register_fake("moe_kernels::delta_moments")
+def _(tensor: Tensor, base: Tensor | None):
+    return tensor.new_empty(2, dtype=torch.float64)
+
+
+@torch.library.register_fake("moe_kernels::select_ternary")
+def _(tensor: Tensor, base: Tensor | None, threshold: int, num_ties: int):
+    return tensor.new_empty((-(-tensor.numel() // 64), 2), dtype=torch.int64)
+
+
+@torch.library.register_fake("moe_kernels::pack_ternary")
+def _(planes: Tensor, *rest):
+    return planes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+
+
+@torch.library.register_fake("moe_kernels::unpack_ternary")
+def _(packed: Tensor):
+    return packed.new_empty((torch.library.get_ctx().new_dynamic_size(), 2), dtype=torch.int64)

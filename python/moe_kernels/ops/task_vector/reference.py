@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moe_kernels.ops.task_vector.packed import BLOCK, HEADER, HEADER_BYTES, MAGIC, MAX_DIMS, SPARE_BYTES
 from moe_kernels.ops.task_vector.ternary import TernaryDelta
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -55,3 +56,202 @@ def unapply_(weight: Tensor, deltas: list[TernaryDelta], values: list[float], co
     restored[codes == 2] = kept
     restored = torch.where(weight[touched].isnan(), weight[touched], restored)
     weight[touched] = restored
+
+
+def differences(tensor: Tensor, base: Tensor | None) -> Tensor:
+    """``tensor - base`` in float32, by float64 where both are that."""
+    if tensor.dtype == torch.float64:
+        return (tensor if base is None else tensor - base).float()
+    return tensor.float() if base is None else tensor.float() - base.float()
+
+
+def _magnitudes(tensor: Tensor, base: Tensor | None) -> Tensor:
+    """[numel] int32: the bits of |t|, in the order of |t|."""
+    return differences(tensor, base).reshape(-1).view(torch.int32) & 0x7FFFFFFF
+
+
+def count_magnitudes(tensor: Tensor, base: Tensor | None, prefix: int) -> Tensor:
+    magnitudes = _magnitudes(tensor, base)
+    if prefix < 0:
+        return torch.bincount(magnitudes >> 15, minlength=2**16)
+    return torch.bincount(magnitudes[magnitudes >> 15 == prefix] & (2**15 - 1), minlength=2**15)
+
+
+def delta_moments(tensor: Tensor, base: Tensor | None) -> Tensor:
+    t = differences(tensor, base).double()
+    return torch.stack((t.sum(), (t * t).sum()))
+
+
+def select_ternary(tensor: Tensor, base: Tensor | None, threshold: int, num_ties: int) -> Tensor:
+    magnitudes = _magnitudes(tensor, base)
+    same = magnitudes == threshold
+    keep = (magnitudes > threshold) | (same & (same.cumsum(0) <= num_ties))
+    return TernaryDelta.from_signs(differences(tensor, base).reshape(-1).sign() * keep).planes
+
+
+def pack(planes: Tensor, shape: list[int], scale: float, sigma: float, base_hash: int) -> Tensor:
+    """The packed format, written bit by bit as docs/task_vector_format.md says."""
+    delta = TernaryDelta(planes, shape)
+    signs = delta.signs().view(-1).tolist()
+    blocks = [_pack_block(signs[at : at + BLOCK]) for at in range(0, len(signs), BLOCK)]
+    descriptors, payload = b"", b""
+    for mode, k, count, stream in blocks:
+        descriptors += (len(payload) // 4 | count << 34 | mode << 49 | k << 52).to_bytes(8, "little")
+        payload += stream
+    start = -(-(HEADER_BYTES + len(descriptors)) // 64) * 64
+    dims = [*shape, *[0] * (MAX_DIMS - len(shape))]
+    fields = (
+        MAGIC,
+        len(signs),
+        12,
+        len(blocks),
+        scale,
+        sigma,
+        0,
+        0,
+        start,
+        delta.nnz,
+        base_hash % 2**64,
+        len(shape),
+        0,
+    )
+    whole = (HEADER.pack(*fields, *dims) + descriptors).ljust(start, b"\0") + payload
+    whole = whole.ljust(-(-(len(whole) + SPARE_BYTES) // 64) * 64, b"\0")
+    whole = whole[:36] + crc32c(whole).to_bytes(4, "little") + whole[40:]
+    return torch.frombuffer(bytearray(whole), dtype=torch.uint8)
+
+
+def unpack(data: Tensor) -> Tensor:
+    """Planes of packed bytes. Raises ValueError where they are damaged."""
+    whole = data.numpy().tobytes()
+    fields = HEADER.unpack(whole[:HEADER_BYTES])
+    numel, num_blocks, crc, start = fields[1], fields[3], fields[7], fields[8]
+    if crc != crc32c(whole[:36] + bytes(4) + whole[40:]):
+        raise ValueError("decompress: the packed task vector is damaged: its checksum does not match")
+    signs: list[int] = []
+    for block in range(num_blocks):
+        word = int.from_bytes(whole[HEADER_BYTES + 8 * block :][:8], "little")
+        offset, count, mode, k = 4 * (word & 2**34 - 1), word >> 34 & 2**15 - 1, word >> 49 & 7, word >> 52
+        octets = whole[start + offset : len(whole) - SPARE_BYTES]
+        size = min(BLOCK, numel - block * BLOCK)
+        decoded = None
+        if count <= size and k < 12 and start + offset <= len(whole) - SPARE_BYTES:
+            decoded = _unpack_block(int.from_bytes(octets, "little"), 8 * len(octets), size, count, mode, k)
+        if decoded is None:
+            raise ValueError(f"decompress: block {block} of the packed task vector is damaged")
+        signs += decoded
+    return TernaryDelta.from_signs(torch.tensor(signs, dtype=torch.int8)).planes
+
+
+class _Bits:
+    """A string of bits, the first one lowest."""
+
+    def __init__(self):
+        self.value, self.count = 0, 0
+
+    def put(self, value: int, count: int) -> None:
+        self.value |= value << self.count
+        self.count += count
+
+    def rice(self, fields: list[int], width: int, highs: list[int]) -> "_Bits":
+        for field in fields:
+            self.put(field, width)
+        for high in highs:
+            self.put(1 << high, high + 1)
+        return self
+
+
+def _pack_block(signs: list[int]) -> tuple[int, int, int, bytes]:
+    """Mode, k, count and bytes of one block: the fewest bits, of equals the first."""
+    positions = [i for i, sign in enumerate(signs) if sign]
+    zeros = [i for i, sign in enumerate(signs) if not sign]
+    negative = [int(signs[i] < 0) for i in positions]
+    count, strings = len(positions), []
+    if count == 0:
+        return 0, 0, 0, b""
+    sign_bits = sum(bit << i for i, bit in enumerate(negative))
+    if not zeros:
+        bits = _Bits()
+        bits.put(sign_bits, count)
+        return 3, 0, count, _words(bits)
+    bitmap = _Bits()
+    bitmap.put(sum(1 << i for i in positions), len(signs))
+    bitmap.put(sign_bits, count)
+    strings.append((2, 0, bitmap))
+    sparse = zeros if 2 * count > len(signs) else positions
+    gaps = [at - before - 1 for before, at in zip([-1, *sparse], sparse, strict=False)]
+    for k in range(12):
+        mask, highs = (1 << k) - 1, [gap >> k for gap in gaps]
+        if sparse is positions:
+            fields = [(gap & mask) << 1 | sign for gap, sign in zip(gaps, negative, strict=True)]
+            strings.append((1, k, _Bits().rice(fields, k + 1, highs)))
+        else:
+            rice = _Bits().rice([gap & mask for gap in gaps], k, highs)
+            rice.put(sign_bits, count)
+            strings.append((4, k, rice))
+    mode, k, bits = min(strings, key=lambda string: string[2].count)
+    return mode, k, count, _words(bits)
+
+
+def _words(bits: _Bits) -> bytes:
+    return bits.value.to_bytes(-(-bits.count // 32) * 4, "little")
+
+
+def _unpack_block(stream: int, num_bits: int, size: int, count: int, mode: int, k: int) -> list[int] | None:
+    """The signs of one block, None where the bits are none."""
+
+    def rice(number: int, width: int) -> tuple[list[int], list[int], int] | None:
+        """Fields, positions and the bit after them."""
+        fields = [stream >> i * width & (1 << width) - 1 for i in range(number)]
+        at, position, positions = number * width, -1, []
+        for field in fields:
+            high = 0
+            while at < num_bits and not stream >> at & 1:
+                high, at = high + 1, at + 1
+            at += 1
+            position += (high << k | field >> width - k) + 1
+            if position >= size or at > num_bits:
+                return None
+            positions.append(position)
+        return fields, positions, at
+
+    if mode == 0:
+        return [0] * size if count == 0 else None
+    if mode == 1:
+        found = rice(count, k + 1)
+        if found is None or count == 0:
+            return None
+        signs = [0] * size
+        for field, position in zip(found[0], found[1], strict=True):
+            signs[position] = 1 - 2 * (field & 1)
+        return signs
+    if mode == 2:
+        marks, end = [stream >> i & 1 for i in range(size)], size
+    elif mode == 3:
+        marks, end = [1] * size, 0
+    elif mode == 4:
+        found = rice(size - count, k)
+        if found is None or count == size:
+            return None
+        marks, end = [1] * size, found[2]
+        for position in found[1]:
+            marks[position] = 0
+    else:
+        return None
+    if sum(marks) != count or end + count > num_bits:
+        return None
+    negative = iter([stream >> end + i & 1 for i in range(count)])
+    return [mark * (1 - 2 * next(negative)) if mark else 0 for mark in marks]
+
+
+def crc32c(octets: bytes) -> int:
+    """CRC-32C (Castagnoli), lowest bit first."""
+    table = []
+    for entry in range(256):
+        for _ in range(8):
+            entry = entry >> 1 ^ (0x82F63B78 if entry & 1 else 0)
+        table.append(entry)
+    crc = 0xFFFFFFFF
+    for octet in octets:
+        crc = crc >> 8 ^ table[(crc ^ octet) & 0xFF]
+    return crc ^ 0xFFFFFFFF

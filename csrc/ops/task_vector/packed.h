@@ -1,0 +1,100 @@
+// The packed format of a ternary vector; docs/task_vector_format.md describes it for other readers and writers.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "common/dispatch.h"
+#include "microkernels/task_vector_table.h"
+
+namespace moe {
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "the format is little-endian");
+
+struct PackedHeader {
+  char magic[8];
+  uint64_t numel;
+  uint32_t log2_block, num_blocks;
+  float scale, sigma;
+  uint32_t kind, crc;
+  uint64_t payload_offset, nnz, base_hash;
+  uint32_t ndim, reserved;
+  uint64_t shape[7];
+};
+static_assert(sizeof(PackedHeader) == 128);
+
+constexpr char kPackedMagic[8] = {'S', 'T', 'V', 'E', 'C', 0, 1, 0};
+constexpr uint32_t kTernaryKind = 0;
+constexpr int64_t kCrcOffset = 36;
+constexpr int64_t kSpareBytes = 16;  // after the payload: readers load whole words
+
+// CRC-32C (Castagnoli) of what follows bytes of that sum; 0 to begin with.
+uint32_t crc32c(uint32_t crc, const uint8_t* bytes, int64_t count);
+// Of a whole packed vector, its own field taken as zero.
+uint32_t packed_crc(const uint8_t* bytes, int64_t count);
+
+constexpr int64_t round_up_64(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+// A packed vector whose header and sizes hold; blocks are checked as they are decoded.
+class PackedView {
+ public:
+  PackedView(const char* op, const Tensor& tensor) : bytes_(data<uint8_t>(tensor)) {
+    const int64_t size = tensor.numel();
+    MOE_CHECK(tensor.scalar_type() == ScalarType::Byte && tensor.dim() == 1 && tensor.is_contiguous() &&
+                  size >= static_cast<int64_t>(sizeof header_),
+              op, ": a packed task vector must be a contiguous uint8 tensor of at least 128 bytes");
+    std::memcpy(&header_, bytes_, sizeof header_);
+    MOE_CHECK(std::memcmp(header_.magic, kPackedMagic, sizeof kPackedMagic) == 0, op,
+              ": the bytes are no packed task vector of version 1");
+    MOE_CHECK(header_.kind == kTernaryKind, op, ": a packed task vector must be of kind 0 (ternary), got ", header_.kind);
+    MOE_CHECK(header_.log2_block == 12 && header_.numel < (uint64_t{1} << 43) && header_.ndim <= 7 && std::isfinite(header_.scale) &&
+                  header_.num_blocks == (header_.numel + kTernaryBlock - 1) / kTernaryBlock,
+              op, ": the header of the packed task vector is damaged");
+    unsigned __int128 numel = 1;
+    for (uint32_t i = 0; i < header_.ndim; ++i) {
+      numel *= header_.shape[i];
+      MOE_CHECK(header_.shape[i] < (uint64_t{1} << 43) && numel < (uint64_t{1} << 43), op,
+                ": the shape of the packed task vector is damaged");
+    }
+    const int64_t payload = round_up_64(static_cast<int64_t>(sizeof header_) + 8 * num_blocks());
+    MOE_CHECK(numel == header_.numel && header_.payload_offset == static_cast<uint64_t>(payload) &&
+                  size >= payload + kSpareBytes && size % 64 == 0,
+              op, ": the packed task vector is cut short or its header is damaged");
+    payload_bytes_ = size - payload - kSpareBytes;
+  }
+
+  const PackedHeader& header() const { return header_; }
+  int64_t numel() const { return static_cast<int64_t>(header_.numel); }
+  int64_t num_blocks() const { return header_.num_blocks; }
+
+  int64_t count(int64_t block) const { return static_cast<int64_t>((descriptor(block) >> 34) & 0x7fff); }
+
+  // False where the block's bytes are damaged; the planes are then of no use.
+  bool decode(int64_t block, uint64_t* planes) const {
+    const uint64_t fields = descriptor(block);
+    const int64_t offset = static_cast<int64_t>(fields & ((uint64_t{1} << 34) - 1)) * 4;
+    const int64_t left = numel() - block * kTernaryBlock;
+    if (offset > payload_bytes_ || fields >> 56 != 0) return false;
+    return task_vector_kernel_table().codec.decode_block(
+        {.bytes = bytes_ + header_.payload_offset + offset,
+         .num_bits = (payload_bytes_ - offset) * 8,
+         .size = left < kTernaryBlock ? left : kTernaryBlock,
+         .count = count(block),
+         .mode = static_cast<PackedMode>((fields >> 49) & 7),
+         .k = static_cast<int>((fields >> 52) & 15)},
+        planes);
+  }
+
+ private:
+  uint64_t descriptor(int64_t block) const {
+    uint64_t fields;
+    std::memcpy(&fields, bytes_ + sizeof header_ + 8 * block, sizeof fields);
+    return fields;
+  }
+
+  const uint8_t* bytes_;
+  PackedHeader header_;
+  int64_t payload_bytes_;
+};
+
+}  // namespace moe

@@ -1,0 +1,211 @@
+"""From dense differences to packed task vectors: :func:`compress`."""
+
+import math
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from moe_kernels._checks import FLOAT_DTYPES, check_tensor, dtype_error, shape_error, value_error
+from moe_kernels._dispatch import Backend, resolve
+from moe_kernels.ops.task_vector import native, reference
+from moe_kernels.ops.task_vector.packed import MAX_DIMS, PackedDelta, fingerprint
+from moe_kernels.ops.task_vector.ternary import TernaryDelta
+
+Scale = Literal["std", "mean"]
+Scope = Literal["global", "tensor"]
+
+
+def compress(
+    delta: Tensor | Mapping[str, Tensor],
+    density: float,
+    *,
+    base: Tensor | Mapping[str, Tensor] | None = None,
+    scale: Scale = "std",
+    scope: Scope = "global",
+    backend: Backend = "auto",
+) -> PackedDelta | dict[str, PackedDelta]:
+    """Keeps the signs of the largest entries of a task vector, and one scale.
+
+    ``t = sign(delta)`` at the ``round(density * n)`` entries of largest magnitude and 0 elsewhere;
+    ``scale = std(delta)``, unbiased and taken before anything is dropped (ComPEFT). ComPEFT's alpha is a number that is
+    tried out on validation data, so it is no part of the result: give it to :func:`moe_kernels.apply_` as coefficient.
+
+    Exactly that many are kept: of equal magnitudes at the threshold those that come first, by name and then by
+    position. Zeros are never kept. Magnitudes are compared in float32.
+
+    Args:
+        delta: the differences, any shape of up to 7 dimensions, float32, bfloat16, float16 or float64; or a state dict.
+            With ``base``: the fine-tuned weights. Names that share one tensor (tied weights) count once.
+        density: the part that is kept, from 0 to 1.
+        base: what to take the differences from, of the same names, shapes and dtypes; they are then made block by
+            block, and each result knows its base (:meth:`PackedDelta.fits`; the hash costs 1 s a GB). Tensors of
+            integers must be equal in both, and have no task vector.
+        scale: "std", or "mean" for the mean magnitude of what is kept, with which a coefficient of 1 is nearest to
+            ``delta`` in the squares (ComPEFT notes that this is not the best for the loss).
+        scope: of a state dict: one threshold and one scale for all tensors (ComPEFT), or for each.
+        backend: see :mod:`moe_kernels`.
+
+    Returns:
+        The packed task vector, or one for each name. On the device of ``delta``.
+
+    Raises:
+        ValueError: NaN or infinities, other shapes or names in ``base``; the message names the tensor.
+
+    Source: ComPEFT (arXiv 2311.13171). Its code keeps one entry more, and those that tie with it.
+    """
+    op = "compress"
+    if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 <= density <= 1:
+        raise value_error(op, "density", "a number from 0 to 1", density)
+    if scale not in ("std", "mean"):
+        raise value_error(op, "scale", "'std' or 'mean'", repr(scale))
+    if scope not in ("global", "tensor"):
+        raise value_error(op, "scope", "'global' or 'tensor'", repr(scope))
+    if isinstance(delta, Mapping):
+        pairs = _pairs(op, delta, base)
+        groups = [pairs] if scope == "global" else [{name: pair} for name, pair in pairs.items()]
+        packed = {}
+        for group in groups:
+            packed |= _compress(op, group, density, scale, backend)
+        return {name: packed[first] for name, first in _first_names(pairs).items()}
+    check_tensor(op, "delta", delta)
+    _check_pair(op, "delta", delta, base)
+    if not delta.is_floating_point():
+        raise dtype_error(op, "delta", FLOAT_DTYPES, delta)
+    return _compress(op, {"delta": (delta, base)}, density, scale, backend)["delta"]
+
+
+def _pairs(op: str, delta: Mapping[str, Tensor], base) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Sorted by name: the tensors of which there are task vectors."""
+    if base is not None:
+        if not isinstance(base, Mapping):
+            raise TypeError(f"{op}: base must be a state dict like delta, got {type(base).__name__}")
+        differing = sorted(set(delta) ^ set(base))
+        if differing:
+            raise value_error(op, "base", "of the same names as delta", f"in one alone: {', '.join(differing[:8])}")
+    pairs = {}
+    for name in sorted(delta):
+        tensor, other = delta[name], None if base is None else base[name]
+        check_tensor(op, name, tensor)
+        _check_pair(op, name, tensor, other)
+        if tensor.is_floating_point():
+            pairs[name] = (tensor, other)
+        elif other is None or not torch.equal(tensor, other):
+            remedy = "a task vector is of floating tensors; leave it out"
+            raise value_error(op, name, "equal in delta and base", f"other values of {tensor.dtype}", remedy)
+    return pairs
+
+
+def _check_pair(op: str, name: str, tensor: Tensor, base: Tensor | None) -> None:
+    if tensor.is_floating_point() and tensor.dtype not in FLOAT_DTYPES:
+        raise dtype_error(op, name, FLOAT_DTYPES, tensor)
+    if tensor.dim() > MAX_DIMS:
+        raise shape_error(op, name, f"at most {MAX_DIMS} dimensions", tensor)
+    if base is None:
+        return
+    check_tensor(op, f"base of {name}", base)
+    if base.shape != tensor.shape:
+        raise shape_error(op, f"base of {name}", str(list(tensor.shape)), base)
+    if base.dtype != tensor.dtype:
+        raise dtype_error(op, f"base of {name}", tensor.dtype, base)
+
+
+def _first_names(pairs: dict[str, tuple[Tensor, Tensor | None]]) -> dict[str, str]:
+    """Each name's first one that is the same tensor."""
+    seen: dict[tuple, str] = {}
+
+    def place(tensor: Tensor | None):
+        return (
+            None if tensor is None else (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+        )
+
+    return {
+        name: name if tensor.numel() == 0 else seen.setdefault((place(tensor), place(base)), name)
+        for name, (tensor, base) in pairs.items()
+    }
+
+
+def _compress(op: str, pairs: dict, density: float, scale: Scale, backend: Backend) -> dict[str, PackedDelta]:
+    """Of tensors that share one threshold and one scale."""
+    firsts = _first_names(pairs)
+    tensors = {
+        name: tuple(None if part is None else part.detach().contiguous() for part in pair)
+        for name, pair in pairs.items()
+        if firsts[name] == name
+    }
+    kernels = {name: _kernels(op, backend, pair[0]) for name, pair in tensors.items()}
+    high = {name: kernels[name].count_magnitudes(*pair, -1).cpu() for name, pair in tensors.items()}
+    for name, counts in high.items():
+        if counts[_INFINITY >> 15 :].any():
+            raise value_error(op, name, "finite", "NaN or an infinity", "a difference beyond float32 counts as one")
+    numel = sum(tensor.numel() for tensor, _ in tensors.values())
+    moments = [kernels[name].delta_moments(*pair).cpu() for name, pair in tensors.items()]
+    sigma = _std(moments, numel)
+    threshold, ties = _threshold(tensors, kernels, high, round(density * numel))
+    planes = {name: kernels[name].select_ternary(*pair, threshold, ties[name]) for name, pair in tensors.items()}
+    deltas = {name: TernaryDelta(planes[name], tensor.shape) for name, (tensor, _) in tensors.items()}
+    step = sigma if scale == "std" else _mean_magnitude(tensors, deltas)
+    packed = {}
+    for name, (tensor, base) in tensors.items():
+        base_hash = 0 if base is None else fingerprint(base)
+        data = _pack(op, backend, deltas[name], step, sigma, base_hash).to(tensor.device)
+        packed[name] = PackedDelta.from_header(data)
+    return packed
+
+
+_INFINITY = 0x7F800000  # bits of float32
+
+
+def _kernels(op: str, backend: Backend, tensor: Tensor):
+    return reference if resolve(op, backend, tensor.device.type) == "reference" else native
+
+
+def _pack(op: str, backend: Backend, delta: TernaryDelta, scale: float, sigma: float, base_hash: int) -> Tensor:
+    signed = base_hash - 2**64 if base_hash >= 2**63 else base_hash
+    pack = reference.pack if resolve(op, backend, "cpu") == "reference" else native.pack_ternary
+    return pack(delta.planes.cpu(), list(delta.shape), scale, sigma, signed)
+
+
+def _threshold(tensors: dict, kernels: dict, high: dict[str, Tensor], keep: int) -> tuple[int, dict[str, int]]:
+    """The bits of the ``keep``-th largest magnitude, and how many that are just that each tensor may keep."""
+    if keep == 0 or not tensors:
+        return _INFINITY, dict.fromkeys(tensors, 0)
+    prefix, above = _rank(sum(high.values()), keep)
+    low = {name: kernels[name].count_magnitudes(*pair, prefix).cpu() for name, pair in tensors.items()}
+    suffix, above_low = _rank(sum(low.values()), keep - above)
+    threshold = prefix << 15 | suffix
+    if threshold == 0:
+        return 0, dict.fromkeys(tensors, 0)
+    left, ties = keep - above - above_low, {}
+    for name in tensors:
+        ties[name] = min(left, int(low[name][suffix]))
+        left -= ties[name]
+    return threshold, ties
+
+
+def _rank(counts: Tensor, keep: int) -> tuple[int, int]:
+    """The bin of the ``keep``-th largest, and how many are in higher bins."""
+    from_above = counts.flip(0).cumsum(0)
+    at = int(torch.searchsorted(from_above, keep))
+    return counts.numel() - 1 - at, int(from_above[at] - counts[counts.numel() - 1 - at])
+
+
+def _std(moments: list[Tensor], numel: int) -> float:
+    if numel < 2:
+        return 0.0 if not moments else abs(float(moments[0][0]))  # of one element: itself, so that it is not lost
+    total, squares = (math.fsum(float(moment[i]) for moment in moments) for i in (0, 1))
+    return math.sqrt(max(squares - total * total / numel, 0.0) / (numel - 1))
+
+
+def _mean_magnitude(tensors: dict, deltas: dict[str, TernaryDelta]) -> float:
+    """Over blocks, so that no copy of a whole tensor is made."""
+    total, count = 0.0, 0
+    for name, (tensor, base) in tensors.items():
+        signs = deltas[name].signs().view(-1)
+        for begin in range(0, tensor.numel(), 1 << 20):
+            part = slice(begin, begin + (1 << 20))
+            t = reference.differences(tensor.view(-1)[part], None if base is None else base.view(-1)[part])
+            total += float((t.double() * signs[part]).sum())
+        count += deltas[name].nnz
+    return total / count if count else 0.0
