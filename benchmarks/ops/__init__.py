@@ -10,6 +10,7 @@ OPS = (
     "grouped_gemm",
     "routed_lora",
     "logit_fusion",
+    "task_vector",
     "call_overhead",
     "build",
 )

@@ -74,10 +74,14 @@ MOE_INLINE VecBits<acc_t<T>> load_bits(const T* p) {
   if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
     return (VecBits<T>)load(p);
   } else {
+#if defined(__AVX512F__)
+    return (VecBits<float>)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
     typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
     Half half;
     std::memcpy(&half, p, sizeof half);
     return __builtin_convertvector(half, VecBits<float>);
+#endif
   }
 }
 

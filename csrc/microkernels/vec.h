@@ -201,10 +201,15 @@ MOE_INLINE Vec<acc_t<T>> load_converted(const T* p) {
   if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
     return load(p);
   } else if constexpr (__is_same(T, bf16)) {
+#if defined(__AVX512F__)
+    // gcc 12 widens a 32-byte vector in two halves that it then joins: five instructions
+    return (Vec<float>)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#else
     typedef uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
     Half half;
     std::memcpy(&half, p, sizeof half);
     return (Vec<float>)(__builtin_convertvector(half, VecU32) << 16);
+#endif
   } else {
 #if defined(__AVX512F__)
     return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
