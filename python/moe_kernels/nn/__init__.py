@@ -4,6 +4,7 @@ from moe_kernels.nn.adapter_pool import AdapterPool
 from moe_kernels.nn.attention import MoEAttention
 from moe_kernels.nn.cosine_router import CosineRouter
 from moe_kernels.nn.dmoerm import DMoERewardModel
+from moe_kernels.nn.expert_switcher import ExpertSwitcher
 from moe_kernels.nn.feed_forward import MoEFeedForward, Routed
 from moe_kernels.nn.logit_fusion import LogitFusion
 from moe_kernels.nn.merge_lora import LayerMap, merge_lora
@@ -34,6 +35,7 @@ __all__ = [
     "ArrowRouter",
     "CosineRouter",
     "DMoERewardModel",
+    "ExpertSwitcher",
     "LayerMap",
     "LoRAMoERouter",
     "MixLoRAFeedForward",
