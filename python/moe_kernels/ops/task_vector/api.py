@@ -1,7 +1,9 @@
 """What is done with task vectors: :func:`apply_`, :func:`unapply_`, :func:`decompress`."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from moe_kernels._checks import FLOAT_DTYPES, check_same_device, check_tensor, d
 from moe_kernels._dispatch import Backend, resolve
 from moe_kernels.ops.task_vector import native, reference
 from moe_kernels.ops.task_vector.packed import PackedDelta
-from moe_kernels.ops.task_vector.ternary import TernaryDelta
+from moe_kernels.ops.task_vector.ternary import TernaryDelta, popcount
 
 
 @dataclass(eq=False)
@@ -137,6 +139,39 @@ def decompress(
     if not isinstance(packed, PackedDelta):
         raise TypeError(f"decompress: packed must be a PackedDelta, got {type(packed).__name__}; call compress first")
     return TernaryDelta(_unpack(packed, backend), packed.shape, packed.scale)
+
+
+class Overlap(NamedTuple):
+    """How far two ternary task vectors agree, counted in elements.
+
+    Attributes:
+        both: not zero in both.
+        agree: of those, of one sign.
+        cosine: of the two vectors; 0 where one of them is zero everywhere.
+    """
+
+    both: int
+    agree: int
+    cosine: float
+
+
+def compare(first: TernaryDelta, second: TernaryDelta) -> Overlap:
+    """Overlap, sign conflicts and cosine of two task vectors, from their bit planes alone.
+
+    ``cosine = (agree - disagree) / sqrt(nnz_first * nnz_second)``; scales cancel.
+    """
+    op = "compare"
+    for name, delta in (("first", first), ("second", second)):
+        if not isinstance(delta, TernaryDelta):
+            raise TypeError(f"{op}: {name} must be a TernaryDelta, got {type(delta).__name__}; call decompress")
+    if first.shape != second.shape:
+        raise value_error(op, "second", f"of shape {list(first.shape)}", list(second.shape))
+    check_same_device(op, first=first.planes, second=second.planes)
+    both = first.planes[:, 0] & second.planes[:, 0]
+    shared = int(popcount(both).sum())
+    agree = shared - int(popcount(both & (first.planes[:, 1] ^ second.planes[:, 1])).sum())
+    norm = math.sqrt(first.nnz * second.nnz)
+    return Overlap(shared, agree, (2 * agree - shared) / norm if norm else 0.0)
 
 
 def check_packed(packed: PackedDelta) -> None:

@@ -1,7 +1,7 @@
 """From dense differences to packed task vectors: :func:`compress`."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
@@ -24,6 +24,7 @@ def compress(
     base: Tensor | Mapping[str, Tensor] | None = None,
     scale: Scale = "std",
     scope: Scope = "global",
+    progress: Callable[[str], object] | None = None,
     backend: Backend = "auto",
 ) -> PackedDelta | dict[str, PackedDelta]:
     """Keeps the signs of the largest entries of a task vector, and one scale.
@@ -45,6 +46,7 @@ def compress(
         scale: "std", or "mean" for the mean magnitude of what is kept, with which a coefficient of 1 is nearest to
             ``delta`` in the squares (ComPEFT notes that this is not the best for the loss).
         scope: of a state dict: one threshold and one scale for all tensors (ComPEFT), or for each.
+        progress: is called with a tensor's name when a pass over it ends; there are four.
         backend: see :mod:`moe_kernels`.
 
     Returns:
@@ -56,6 +58,7 @@ def compress(
     Source: ComPEFT (arXiv 2311.13171). Its code keeps one entry more, and those that tie with it.
     """
     op = "compress"
+    progress = progress or (lambda name: None)
     if isinstance(density, bool) or not isinstance(density, (int, float)) or not 0 <= density <= 1:
         raise value_error(op, "density", "a number from 0 to 1", density)
     if scale not in ("std", "mean"):
@@ -67,13 +70,13 @@ def compress(
         groups = [pairs] if scope == "global" else [{name: pair} for name, pair in pairs.items()]
         packed = {}
         for group in groups:
-            packed |= _compress(op, group, density, scale, backend)
+            packed |= _compress(op, group, density, scale, progress, backend)
         return {name: packed[first] for name, first in _first_names(pairs).items()}
     check_tensor(op, "delta", delta)
     _check_pair(op, "delta", delta, base)
     if not delta.is_floating_point():
         raise dtype_error(op, "delta", FLOAT_DTYPES, delta)
-    return _compress(op, {"delta": (delta, base)}, density, scale, backend)["delta"]
+    return _compress(op, {"delta": (delta, base)}, density, scale, progress, backend)["delta"]
 
 
 def _pairs(op: str, delta: Mapping[str, Tensor], base) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -126,7 +129,9 @@ def _first_names(pairs: dict[str, tuple[Tensor, Tensor | None]]) -> dict[str, st
     }
 
 
-def _compress(op: str, pairs: dict, density: float, scale: Scale, backend: Backend) -> dict[str, PackedDelta]:
+def _compress(
+    op: str, pairs: dict, density: float, scale: Scale, progress: Callable, backend: Backend
+) -> dict[str, PackedDelta]:
     """Of tensors that share one threshold and one scale."""
     firsts = _first_names(pairs)
     tensors = {
@@ -135,23 +140,35 @@ def _compress(op: str, pairs: dict, density: float, scale: Scale, backend: Backe
         if firsts[name] == name
     }
     kernels = {name: _kernels(op, backend, pair[0]) for name, pair in tensors.items()}
-    high = {name: kernels[name].count_magnitudes(*pair, -1).cpu() for name, pair in tensors.items()}
+
+    def each(function: Callable[[str, tuple], Tensor]) -> dict[str, Tensor]:
+        found = {}
+        for name, pair in tensors.items():
+            found[name] = function(name, pair)
+            progress(name)
+        return found
+
+    high = each(lambda name, pair: kernels[name].count_magnitudes(*pair, -1).cpu())
     for name, counts in high.items():
         if counts[_INFINITY >> 15 :].any():
             raise value_error(op, name, "finite", "NaN or an infinity", "a difference beyond float32 counts as one")
     numel = sum(tensor.numel() for tensor, _ in tensors.values())
-    moments = [kernels[name].delta_moments(*pair).cpu() for name, pair in tensors.items()]
-    sigma = _std(moments, numel)
-    threshold, ties = _threshold(tensors, kernels, high, round(density * numel))
-    planes = {name: kernels[name].select_ternary(*pair, threshold, ties[name]) for name, pair in tensors.items()}
-    deltas = {name: TernaryDelta(planes[name], tensor.shape) for name, (tensor, _) in tensors.items()}
-    step = sigma if scale == "std" else _mean_magnitude(tensors, deltas)
-    packed = {}
-    for name, (tensor, base) in tensors.items():
-        base_hash = 0 if base is None else fingerprint(base)
-        data = _pack(op, backend, deltas[name], step, sigma, base_hash).to(tensor.device)
-        packed[name] = PackedDelta.from_header(data)
-    return packed
+    moments = each(lambda name, pair: kernels[name].delta_moments(*pair).cpu())
+    sigma = _std(list(moments.values()), numel)
+    threshold, ties = _threshold(each, kernels, high, round(density * numel))
+
+    # made again where they are needed twice: planes of a whole model at once would be an eighth of it
+    def select(name: str) -> TernaryDelta:
+        tensor, base = tensors[name]
+        return TernaryDelta(kernels[name].select_ternary(tensor, base, threshold, ties[name]), tensor.shape)
+
+    step = sigma if scale == "std" else _mean_magnitude(tensors, select)
+
+    def pack(name: str, pair: tuple[Tensor, Tensor | None]) -> Tensor:
+        base_hash = 0 if pair[1] is None else fingerprint(pair[1])
+        return _pack(op, backend, select(name), step, sigma, base_hash).to(pair[0].device)
+
+    return {name: PackedDelta.from_header(data) for name, data in each(pack).items()}
 
 
 _INFINITY = 0x7F800000  # bits of float32
@@ -167,18 +184,18 @@ def _pack(op: str, backend: Backend, delta: TernaryDelta, scale: float, sigma: f
     return pack(delta.planes.cpu(), list(delta.shape), scale, sigma, signed)
 
 
-def _threshold(tensors: dict, kernels: dict, high: dict[str, Tensor], keep: int) -> tuple[int, dict[str, int]]:
+def _threshold(each: Callable, kernels: dict, high: dict[str, Tensor], keep: int) -> tuple[int, dict[str, int]]:
     """The bits of the ``keep``-th largest magnitude, and how many that are just that each tensor may keep."""
-    if keep == 0 or not tensors:
-        return _INFINITY, dict.fromkeys(tensors, 0)
+    if keep == 0 or not high:
+        return _INFINITY, dict.fromkeys(high, 0)
     prefix, above = _rank(sum(high.values()), keep)
-    low = {name: kernels[name].count_magnitudes(*pair, prefix).cpu() for name, pair in tensors.items()}
+    low = each(lambda name, pair: kernels[name].count_magnitudes(*pair, prefix).cpu())
     suffix, above_low = _rank(sum(low.values()), keep - above)
     threshold = prefix << 15 | suffix
     if threshold == 0:
-        return 0, dict.fromkeys(tensors, 0)
+        return 0, dict.fromkeys(high, 0)
     left, ties = keep - above - above_low, {}
-    for name in tensors:
+    for name in high:
         ties[name] = min(left, int(low[name][suffix]))
         left -= ties[name]
     return threshold, ties
@@ -198,14 +215,15 @@ def _std(moments: list[Tensor], numel: int) -> float:
     return math.sqrt(max(squares - total * total / numel, 0.0) / (numel - 1))
 
 
-def _mean_magnitude(tensors: dict, deltas: dict[str, TernaryDelta]) -> float:
+def _mean_magnitude(tensors: dict, select: Callable[[str], TernaryDelta]) -> float:
     """Over blocks, so that no copy of a whole tensor is made."""
     total, count = 0.0, 0
     for name, (tensor, base) in tensors.items():
-        signs = deltas[name].signs().view(-1)
+        delta = select(name)
+        signs = delta.signs().view(-1)
         for begin in range(0, tensor.numel(), 1 << 20):
             part = slice(begin, begin + (1 << 20))
             t = reference.differences(tensor.view(-1)[part], None if base is None else base.view(-1)[part])
             total += float((t.double() * signs[part]).sum())
-        count += deltas[name].nnz
+        count += delta.nnz
     return total / count if count else 0.0

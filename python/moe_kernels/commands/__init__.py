@@ -1,0 +1,1 @@
+"""``python -m moe_kernels compress | apply | inspect``: task vectors of whole checkpoints."""
