@@ -25,11 +25,13 @@ ALLOWED = {
     "api": {"_checks", "_dispatch", "activation", "autograd", "native", "reference"},
 }
 #: files of a room beyond the six, each of them data that other rooms may read
-DATA_FILES = {"packed", "plan", "prepacked", "quantized", "ternary", "tiles", "token_filter"}
+DATA_FILES = {
+    "magnitudes", "methods", "packed", "plan", "prepacked", "quantized", "recipe", "ternary", "tiles", "token_filter",
+}  # fmt: skip
 #: rooms in plain PyTorch: their results are what other rooms' kernels read, and no gradient flows through them
 WITHOUT_KERNELS = {"quantize"}
 #: rooms whose ops change weights or make new ones outside of autograd
-WITHOUT_GRADIENTS = {"task_vector"}
+WITHOUT_GRADIENTS = {"merge", "task_vector"}
 #: files of a room that hold more of its public functions: they may import what api may, and api
 PUBLIC_FILES = {
     "logit_fusion": {"presets", "tilt"},

@@ -2,6 +2,7 @@
 #include "common/cpu_isa.h"
 
 #include "microkernels/logit_table.h"
+#include "microkernels/merge_table.h"
 #include "microkernels/table.h"
 #include "microkernels/task_vector_table.h"
 
@@ -12,6 +13,7 @@ namespace moe {
   extern const MicrokernelTable table;                  \
   extern const LogitKernelTable logit_table;            \
   extern const TaskVectorKernelTable task_vector_table; \
+  extern const MergeKernelTable merge_table;            \
   }
 MOE_DECLARE(portable)
 #ifdef MOE_HAS_avx512_bf16
@@ -27,16 +29,19 @@ struct Tables {
   const MicrokernelTable& experts;
   const LogitKernelTable& logits;
   const TaskVectorKernelTable& task_vectors;
+  const MergeKernelTable& merging;
 };
 
 Tables choose() {
   const std::string isa = chosen_isa();
+#define MOE_TABLES(isa) {isa::table, isa::logit_table, isa::task_vector_table, isa::merge_table}
 #ifdef MOE_HAS_avx512_bf16
-  if (isa == "avx2") return {avx2::table, avx2::logit_table, avx2::task_vector_table};
-  if (isa == "avx512") return {avx512::table, avx512::logit_table, avx512::task_vector_table};
-  if (isa == "avx512_bf16") return {avx512_bf16::table, avx512_bf16::logit_table, avx512_bf16::task_vector_table};
+  if (isa == "avx2") return MOE_TABLES(avx2);
+  if (isa == "avx512") return MOE_TABLES(avx512);
+  if (isa == "avx512_bf16") return MOE_TABLES(avx512_bf16);
 #endif
-  return {portable::table, portable::logit_table, portable::task_vector_table};
+  return MOE_TABLES(portable);
+#undef MOE_TABLES
 }
 
 const Tables& tables() {
@@ -49,5 +54,6 @@ const Tables& tables() {
 const MicrokernelTable& microkernel_table() { return tables().experts; }
 const LogitKernelTable& logit_kernel_table() { return tables().logits; }
 const TaskVectorKernelTable& task_vector_kernel_table() { return tables().task_vectors; }
+const MergeKernelTable& merge_kernel_table() { return tables().merging; }
 
 }  // namespace moe

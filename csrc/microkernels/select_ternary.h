@@ -10,11 +10,16 @@ namespace moe::MOE_ISA {
 
 // t = x - base in float32 (float64 in float64, then rounded); base may be null
 template <class T>
-static void differences(const T* x, const T* base, int64_t n, float* t) {
-  for (int64_t i = 0; i < n; ++i) {
-    const acc_t<T> from = base == nullptr ? acc_t<T>(0) : to_acc(base[i]);
-    t[i] = static_cast<float>(base == nullptr ? to_acc(x[i]) : to_acc(x[i]) - from);
+static void differences(const T* __restrict__ x, const T* __restrict__ base, int64_t n, float* __restrict__ t) {
+  if (base == nullptr) {
+    for (int64_t i = 0; i < n; ++i) t[i] = static_cast<float>(to_acc(x[i]));
+    return;
   }
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) {
+    __builtin_prefetch(x + n + i, 0, 2);
+    __builtin_prefetch(base + n + i, 0, 2);
+  }
+  for (int64_t i = 0; i < n; ++i) t[i] = static_cast<float>(to_acc(x[i]) - to_acc(base[i]));
 }
 
 MOE_INLINE uint32_t magnitude_bits(float x) {
@@ -27,22 +32,54 @@ static void count_magnitudes(const float* t, int64_t n, uint32_t* counts) {
   for (int64_t i = 0; i < n; ++i) ++counts[magnitude_bits(t[i]) >> kLowBits];
 }
 
-static void count_low_magnitudes(const float* t, int64_t n, uint32_t high, uint32_t* counts) {
-  constexpr int kStep = 64;  // few have the same high bits: look at many at once
+// Calls each(pointer to 64 elements, which of them there are); the last ones may be a copy.
+template <class F>
+MOE_INLINE void each_group_of(const float* t, int64_t n, const F& each) {
   int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) {
-    uint32_t any = 0;
-    for (int j = 0; j < kStep; ++j) any |= magnitude_bits(t[i + j]) >> kLowBits == high;
-    if (any == 0) continue;
-    for (int j = 0; j < kStep; ++j) {
-      const uint32_t bits = magnitude_bits(t[i + j]);
-      if (bits >> kLowBits == high) ++counts[bits & ((1 << kLowBits) - 1)];
-    }
+  for (; i + kTernaryGroup <= n; i += kTernaryGroup) each(t + i, ~uint64_t{0});
+  if (i == n) return;
+  float padded[kTernaryGroup] = {};
+  std::memcpy(padded, t + i, (n - i) * sizeof(float));
+  each(padded, first_bits(n - i));
+}
+
+// Bit i: whether holds(magnitude's bits of element i).
+template <class F>
+MOE_INLINE uint64_t where(const float* p, const F& holds) {
+  uint64_t mask = 0;
+#pragma GCC unroll 16
+  for (int v = 0; v < kVectorsOfGroup<float>; ++v) {
+    const VecIndex<float> bits = (VecIndex<float>)load(p + v * kLanes<float>) & 0x7fffffff;
+    mask |= lane_bits<float>(holds(bits)) << (v * kLanes<float>);
   }
-  for (; i < n; ++i) {
-    const uint32_t bits = magnitude_bits(t[i]);
-    if (bits >> kLowBits == high) ++counts[bits & ((1 << kLowBits) - 1)];
-  }
+  return mask;
+}
+
+static void count_low_magnitudes(const float* t, int64_t n, uint32_t high, uint32_t* counts) {
+  const int32_t low = static_cast<int32_t>(high << kLowBits);
+  each_group_of(t, n, [&](const float* p, uint64_t valid) {
+    uint64_t inside = valid & where(p, [&](VecIndex<float> bits) { return (bits ^ low) < (1 << kLowBits); });
+    for (; inside != 0; inside &= inside - 1)
+      ++counts[magnitude_bits(p[__builtin_ctzll(inside)]) & ((1 << kLowBits) - 1)];
+  });
+}
+
+// As count_magnitudes for high bits in [first, last] alone: of those above, how many there are goes to last + 1, of those
+// below to first - 1, of infinities and NaN to those of infinity. Few are in between, so this reads and hardly writes.
+static void count_window(const float* t, int64_t n, int32_t first, int32_t last, uint32_t* counts) {
+  const int32_t low = first << kLowBits, high = ((last + 1) << kLowBits) - 1;
+  constexpr int32_t kLargest = 0x7f7fffff;
+  int64_t above = 0, inside = 0, broken = 0;
+  each_group_of(t, n, [&](const float* p, uint64_t valid) {
+    const uint64_t over = valid & where(p, [&](VecIndex<float> bits) { return bits > high; });
+    above += __builtin_popcountll(over);
+    if (over != 0) broken += __builtin_popcountll(over & where(p, [&](VecIndex<float> bits) { return bits > kLargest; }));
+    uint64_t word = valid & ~over & where(p, [&](VecIndex<float> bits) { return bits >= low; });
+    for (; word != 0; word &= word - 1, ++inside) ++counts[magnitude_bits(p[__builtin_ctzll(word)]) >> kLowBits];
+  });
+  counts[last + 1] += static_cast<uint32_t>(above - broken);
+  counts[0x7f800000 >> kLowBits] += static_cast<uint32_t>(broken);
+  if (first > 0) counts[first - 1] += static_cast<uint32_t>(n - above - inside);
 }
 
 // moments[j] += sum of t, moments[kMomentLanes + j] += sum of t^2 over i % kMomentLanes == j: one order for every

@@ -27,6 +27,7 @@ const TaskVectorKernelTable task_vector_table = {
         {
             .count_magnitudes = count_magnitudes,
             .count_low_magnitudes = count_low_magnitudes,
+            .count_window = count_window,
             .add_moments = add_moments,
             .select_ternary = select_ternary,
             .choose_block = choose_block,

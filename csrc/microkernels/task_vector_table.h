@@ -60,6 +60,7 @@ constexpr int kLowBits = 15;  // of a magnitude's 31 bits, those that the second
 struct TernaryCodecKernels {
   void (*count_magnitudes)(const float* t, int64_t n, uint32_t* counts);
   void (*count_low_magnitudes)(const float* t, int64_t n, uint32_t high, uint32_t* counts);
+  void (*count_window)(const float* t, int64_t n, int32_t first, int32_t last, uint32_t* counts);
   void (*add_moments)(const float* t, int64_t n, double* moments);
   int64_t (*select_ternary)(const float* t, int64_t n, uint32_t threshold, bool equal, uint64_t* planes);
   PackedChoice (*choose_block)(const uint64_t* planes, int64_t size);

@@ -36,6 +36,7 @@ from moe_kernels.memory import empty_cache  # noqa: E402
 from moe_kernels.ops.expert_ffn import expert_ffn  # noqa: E402
 from moe_kernels.ops.grouped_gemm import PrepackedWeights, grouped_gemm, prepack  # noqa: E402
 from moe_kernels.ops.logit_fusion import TokenFilter, fuse_logits, solve_tilt, tilt_stats  # noqa: E402
+from moe_kernels.ops.merge import merge, merge_tensors  # noqa: E402
 from moe_kernels.ops.permute import DispatchPlan, permute, plan_dispatch, unpermute  # noqa: E402
 from moe_kernels.ops.quantize import (  # noqa: E402
     QuantizedWeights,
@@ -121,6 +122,8 @@ __all__ = [
     "lora_expand",
     "lora_shrink",
     "mask_experts",
+    "merge",
+    "merge_tensors",
     "permute",
     "plan_dispatch",
     "prepack",

@@ -52,9 +52,9 @@ class Differences {
   int64_t numel_;
 };
 
-// prefix < 0: how often each high half of a magnitude's bits occurs; else how often each low one beside that high one.
-Tensor count_magnitudes_cpu(Tensor tensor, std::optional<Tensor> base, int64_t prefix) {
-  const int64_t size = prefix < 0 ? kHighCounts : kLowCounts;
+// Adds what `count(t, n, counts)` counts in each block into [size] int64.
+template <class F>
+Tensor histogram(const Tensor& tensor, const std::optional<Tensor>& base, int64_t size, const F& count) {
   Tensor counts = torch::stable::new_empty(tensor, {size}, ScalarType::Long);
   int64_t* totals = mutable_data<int64_t>(counts);
   fill_zero(totals, size);
@@ -66,18 +66,30 @@ Tensor count_magnitudes_cpu(Tensor tensor, std::optional<Tensor> base, int64_t p
       uint32_t* here = scratch.take<uint32_t>(size);
       float* buffer = scratch.take<float>(kTernaryBlock);
       fill_zero(here, size);
-      for (int64_t b = begin; b < end; ++b) {
-        const float* t = differences.block(b, buffer);
-        if (prefix < 0)
-          codec().count_magnitudes(t, differences.size(b), here);
-        else
-          codec().count_low_magnitudes(t, differences.size(b), static_cast<uint32_t>(prefix), here);
-      }
+      for (int64_t b = begin; b < end; ++b) count(differences.block(b, buffer), differences.size(b), here);
       for (int64_t i = 0; i < size; ++i)
         if (here[i] != 0) __atomic_fetch_add(&totals[i], here[i], __ATOMIC_RELAXED);
     });
   });
   return counts;
+}
+
+// prefix < 0: how often each high half of a magnitude's bits occurs; else how often each low one beside that high one.
+Tensor count_magnitudes_cpu(Tensor tensor, std::optional<Tensor> base, int64_t prefix) {
+  return histogram(tensor, base, prefix < 0 ? kHighCounts : kLowCounts, [&](const float* t, int64_t n, uint32_t* counts) {
+    if (prefix < 0)
+      codec().count_magnitudes(t, n, counts);
+    else
+      codec().count_low_magnitudes(t, n, static_cast<uint32_t>(prefix), counts);
+  });
+}
+
+// The first of these for the high halves from `first` to `last`; the others are summed up in the bins beside those.
+Tensor count_window_cpu(Tensor tensor, std::optional<Tensor> base, int64_t first, int64_t last) {
+  MOE_CHECK(0 <= first && first <= last && last + 1 < (0x7f800000 >> kLowBits), "compress: no such window of magnitudes");
+  return histogram(tensor, base, kHighCounts, [&](const float* t, int64_t n, uint32_t* counts) {
+    codec().count_window(t, n, static_cast<int32_t>(first), static_cast<int32_t>(last), counts);
+  });
 }
 
 // [sum, sum of squares] in float64, in one order whatever the threads and the instruction set
@@ -140,6 +152,36 @@ Tensor select_ternary_cpu(Tensor tensor, std::optional<Tensor> base, int64_t thr
     });
   });
   return planes;
+}
+
+// The index after the num_ties-th element whose magnitude has just these bits.
+int64_t end_of_ties_cpu(Tensor tensor, std::optional<Tensor> base, int64_t threshold, int64_t num_ties) {
+  int64_t end = tensor.numel();
+  dispatch_float("compress", tensor.scalar_type(), [&]<class T>() {
+    const Differences<T> differences("compress", tensor, base);
+    Scratch scratch;
+    int64_t* ties = scratch.take<int64_t>(differences.num_blocks());
+    uint64_t planes[kTernaryBlock / kTernaryGroup * 2];
+    const auto select = [&](int64_t b, uint64_t* out) {
+      float buffer[kTernaryBlock];
+      return codec().select_ternary(differences.block(b, buffer), differences.size(b), static_cast<uint32_t>(threshold),
+                                    true, out);
+    };
+    parallel_ranges(differences.num_blocks(), kBlocksPerTask, [&](int64_t begin, int64_t last) {
+      uint64_t here[kTernaryBlock / kTernaryGroup * 2];
+      for (int64_t b = begin; b < last; ++b) ties[b] = select(b, here);
+    });
+    int64_t left = num_ties;
+    for (int64_t b = 0; b < differences.num_blocks(); left -= ties[b++]) {
+      if (ties[b] < left) continue;
+      select(b, planes);
+      for (int64_t g = 0; left > 0; ++g)
+        for (uint64_t word = planes[2 * g]; word != 0 && left > 0; word &= word - 1, --left)
+          end = b * kTernaryBlock + g * kTernaryGroup + __builtin_ctzll(word) + 1;
+      break;
+    }
+  });
+  return end;
 }
 
 Tensor pack_ternary_cpu(Tensor planes, std::vector<int64_t> shape, double scale, double sigma, int64_t base_hash) {
@@ -222,8 +264,10 @@ Tensor unpack_ternary_cpu(Tensor packed) {
 
 STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
   m.impl("count_magnitudes", TORCH_BOX(&moe::count_magnitudes_cpu));
+  m.impl("count_window", TORCH_BOX(&moe::count_window_cpu));
   m.impl("delta_moments", TORCH_BOX(&moe::moments_cpu));
   m.impl("select_ternary", TORCH_BOX(&moe::select_ternary_cpu));
+  m.impl("end_of_ties", TORCH_BOX(&moe::end_of_ties_cpu));
   m.impl("pack_ternary", TORCH_BOX(&moe::pack_ternary_cpu));
   m.impl("unpack_ternary", TORCH_BOX(&moe::unpack_ternary_cpu));
 }

@@ -41,7 +41,7 @@ def run(
         ``milliseconds`` of switches, ``undo_bytes``, and ``restored``: whether every bit of the base came back.
     """
     # the weights are changed in place, and a task vector fits any model of these weights, so bfloat16 will do
-    model = language_model.model.to(torch.bfloat16)
+    model = nn.Module.to(language_model.model, torch.bfloat16)  # transformers refuses to cast what came from GGUF
     names = list(kinds)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trained = {name: language_model.encode(kinds[name].calibration) for name in names}
@@ -115,7 +115,7 @@ def finetune(
     model: nn.Module, ids: Tensor, settings: TaskVectorSettings, seed: int, progress, description: str
 ) -> State:
     """The state dict after some steps of Adam on windows of the text; the moments are float32, the weights too."""
-    trained = model.float().train()
+    trained = nn.Module.to(model, torch.float32).train()
     try:
         generator = torch.Generator().manual_seed(seed)
         optimizer = torch.optim.Adam(trained.parameters(), lr=settings.learning_rate)
@@ -129,7 +129,7 @@ def finetune(
         optimizer.zero_grad()
         return {name: tensor.to(torch.float32).clone() for name, tensor in trained.state_dict().items()}
     finally:
-        model.to(torch.bfloat16).eval()
+        nn.Module.to(model, torch.bfloat16).eval()
 
 
 @torch.inference_mode()

@@ -10,6 +10,7 @@ from torch import Tensor
 from moe_kernels._checks import FLOAT_DTYPES, check_tensor, dtype_error, shape_error, value_error
 from moe_kernels._dispatch import Backend, resolve
 from moe_kernels.ops.task_vector import native, reference
+from moe_kernels.ops.task_vector.magnitudes import INFINITY, LOW_BITS, rank
 from moe_kernels.ops.task_vector.packed import MAX_DIMS, PackedDelta, fingerprint
 from moe_kernels.ops.task_vector.ternary import TernaryDelta
 
@@ -150,7 +151,7 @@ def _compress(
 
     high = each(lambda name, pair: kernels[name].count_magnitudes(*pair, -1).cpu())
     for name, counts in high.items():
-        if counts[_INFINITY >> 15 :].any():
+        if counts[INFINITY >> LOW_BITS :].any():
             raise value_error(op, name, "finite", "NaN or an infinity", "a difference beyond float32 counts as one")
     numel = sum(tensor.numel() for tensor, _ in tensors.values())
     moments = each(lambda name, pair: kernels[name].delta_moments(*pair).cpu())
@@ -171,9 +172,6 @@ def _compress(
     return {name: PackedDelta.from_header(data) for name, data in each(pack).items()}
 
 
-_INFINITY = 0x7F800000  # bits of float32
-
-
 def _kernels(op: str, backend: Backend, tensor: Tensor):
     return reference if resolve(op, backend, tensor.device.type) == "reference" else native
 
@@ -187,11 +185,11 @@ def _pack(op: str, backend: Backend, delta: TernaryDelta, scale: float, sigma: f
 def _threshold(each: Callable, kernels: dict, high: dict[str, Tensor], keep: int) -> tuple[int, dict[str, int]]:
     """The bits of the ``keep``-th largest magnitude, and how many that are just that each tensor may keep."""
     if keep == 0 or not high:
-        return _INFINITY, dict.fromkeys(high, 0)
-    prefix, above = _rank(sum(high.values()), keep)
+        return INFINITY, dict.fromkeys(high, 0)
+    prefix, above = rank(sum(high.values()), keep)
     low = each(lambda name, pair: kernels[name].count_magnitudes(*pair, prefix).cpu())
-    suffix, above_low = _rank(sum(low.values()), keep - above)
-    threshold = prefix << 15 | suffix
+    suffix, above_low = rank(sum(low.values()), keep - above)
+    threshold = prefix << LOW_BITS | suffix
     if threshold == 0:
         return 0, dict.fromkeys(high, 0)
     left, ties = keep - above - above_low, {}
@@ -199,13 +197,6 @@ def _threshold(each: Callable, kernels: dict, high: dict[str, Tensor], keep: int
         ties[name] = min(left, int(low[name][suffix]))
         left -= ties[name]
     return threshold, ties
-
-
-def _rank(counts: Tensor, keep: int) -> tuple[int, int]:
-    """The bin of the ``keep``-th largest, and how many are in higher bins."""
-    from_above = counts.flip(0).cumsum(0)
-    at = int(torch.searchsorted(from_above, keep))
-    return counts.numel() - 1 - at, int(from_above[at] - counts[counts.numel() - 1 - at])
 
 
 def _std(moments: list[Tensor], numel: int) -> float:

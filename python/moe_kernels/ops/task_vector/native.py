@@ -43,18 +43,22 @@ def _(weight: Tensor, *rest):
 
 
 torch.library.define("moe_kernels::count_magnitudes", "(Tensor tensor, Tensor? base, int prefix) -> Tensor")
+torch.library.define("moe_kernels::count_window", "(Tensor tensor, Tensor? base, int first, int last) -> Tensor")
 torch.library.define("moe_kernels::delta_moments", "(Tensor tensor, Tensor? base) -> Tensor")
 torch.library.define(
     "moe_kernels::select_ternary", "(Tensor tensor, Tensor? base, int threshold, int num_ties) -> Tensor"
 )
+torch.library.define("moe_kernels::end_of_ties", "(Tensor tensor, Tensor? base, int threshold, int num_ties) -> int")
 torch.library.define(
     "moe_kernels::pack_ternary", "(Tensor planes, int[] shape, float scale, float sigma, int base_hash) -> Tensor"
 )
 torch.library.define("moe_kernels::unpack_ternary", "(Tensor packed) -> Tensor")
 
 count_magnitudes = torch.ops.moe_kernels.count_magnitudes.default
+count_window = torch.ops.moe_kernels.count_window.default
 delta_moments = torch.ops.moe_kernels.delta_moments.default
 select_ternary = torch.ops.moe_kernels.select_ternary.default
+end_of_ties = torch.ops.moe_kernels.end_of_ties.default
 pack_ternary = torch.ops.moe_kernels.pack_ternary.default
 unpack_ternary = torch.ops.moe_kernels.unpack_ternary.default
 
@@ -62,6 +66,11 @@ unpack_ternary = torch.ops.moe_kernels.unpack_ternary.default
 @torch.library.register_fake("moe_kernels::count_magnitudes")
 def _(tensor: Tensor, base: Tensor | None, prefix: int):
     return tensor.new_empty(2**16 if prefix < 0 else 2**15, dtype=torch.int64)
+
+
+@torch.library.register_fake("moe_kernels::count_window")
+def _(tensor: Tensor, base: Tensor | None, first: int, last: int):
+    return tensor.new_empty(2**16, dtype=torch.int64)
 
 
 @torch.library.register_fake("moe_kernels::delta_moments")

@@ -77,6 +77,11 @@ def count_magnitudes(tensor: Tensor, base: Tensor | None, prefix: int) -> Tensor
     return torch.bincount(magnitudes[magnitudes >> 15 == prefix] & (2**15 - 1), minlength=2**15)
 
 
+def count_window(tensor: Tensor, base: Tensor | None, first: int, last: int) -> Tensor:
+    """``count_magnitudes`` of the high halves; those outside of [first, last] may be summed up in the bins beside."""
+    return count_magnitudes(tensor, base, -1)
+
+
 def delta_moments(tensor: Tensor, base: Tensor | None) -> Tensor:
     t = differences(tensor, base).double()
     return torch.stack((t.sum(), (t * t).sum()))
@@ -87,6 +92,11 @@ def select_ternary(tensor: Tensor, base: Tensor | None, threshold: int, num_ties
     same = magnitudes == threshold
     keep = (magnitudes > threshold) | (same & (same.cumsum(0) <= num_ties))
     return TernaryDelta.from_signs(differences(tensor, base).reshape(-1).sign() * keep).planes
+
+
+def end_of_ties(tensor: Tensor, base: Tensor | None, threshold: int, num_ties: int) -> int:
+    """The index after the ``num_ties``-th element whose magnitude has just these bits."""
+    return int((_magnitudes(tensor, base) == threshold).nonzero()[num_ties - 1]) + 1
 
 
 def pack(planes: Tensor, shape: list[int], scale: float, sigma: float, base_hash: int) -> Tensor:

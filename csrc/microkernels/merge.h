@@ -1,0 +1,189 @@
+// Several fine-tunes of one tensor become one, block by block: differences, what of them is kept, election, mean.
+//
+// Loops over arrays of a block that the compiler turns into vectors; every element's sums run over the experts in order.
+#pragma once
+
+#include "common/philox.h"
+#include "microkernels/merge_table.h"
+#include "microkernels/vec.h"
+
+namespace moe::MOE_ISA {
+
+template <class T>
+MOE_INLINE T round_once(acc_t<T> x) {
+  if constexpr (__is_same(T, bf16)) {  // vec.h's turns denormals into zero, as the processor's instruction does
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return {static_cast<uint16_t>(x == x ? rounded : (bits >> 16) | 0x40)};
+  } else {
+    return from_acc<T>(x);
+  }
+}
+
+// bits[i], for i in [0, n): 32 random bits of element first + i, word (first + i) % 4 of a Philox block. All lanes at once.
+MOE_INLINE void random_bits(uint64_t key, int64_t first, int64_t n, uint32_t* bits) {
+  constexpr int kAtOnce = 16;
+  for (int64_t done = 0; done < n; done += 4 * kAtOnce) {
+    uint32_t c0[kAtOnce], c1[kAtOnce], c2[kAtOnce] = {}, c3[kAtOnce] = {};
+    const uint64_t block = static_cast<uint64_t>(first + done) / 4;
+    for (int i = 0; i < kAtOnce; ++i) {
+      c0[i] = static_cast<uint32_t>(block + i);
+      c1[i] = static_cast<uint32_t>((block + i) >> 32);
+    }
+    uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
+    for (int round = 0; round < 10; ++round) {
+      for (int i = 0; i < kAtOnce; ++i) {
+        const uint64_t product0 = uint64_t{0xD2511F53} * c0[i], product1 = uint64_t{0xCD9E8D57} * c2[i];
+        c0[i] = static_cast<uint32_t>(product1 >> 32) ^ c1[i] ^ key0;
+        c2[i] = static_cast<uint32_t>(product0 >> 32) ^ c3[i] ^ key1;
+        c1[i] = static_cast<uint32_t>(product1);
+        c3[i] = static_cast<uint32_t>(product0);
+      }
+      key0 += 0x9E3779B9;
+      key1 += 0xBB67AE85;
+    }
+    for (int i = 0; i < kAtOnce && done + 4 * i < n; ++i) {
+      const uint32_t words[4] = {c0[i], c1[i], c2[i], c3[i]};
+      const int64_t rest = n - done - 4 * i;
+      std::memcpy(bits + done + 4 * i, words, (rest < 4 ? rest : 4) * sizeof(uint32_t));
+    }
+  }
+}
+
+// t = expert - base of the kept elements, 0 elsewhere. `first` is a multiple of 4.
+template <class T>
+MOE_INLINE void kept_differences(const T* base, const T* expert, int64_t first, int64_t n,
+                                 const MergeSource<acc_t<T>>& source, acc_t<T>* t) {
+  using Acc = acc_t<T>;
+  // a block is half a page of each of many streams: too short for the processor to see that more will follow
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(expert + n + i, 0, 2);
+  for (int64_t i = 0; i < n; ++i) t[i] = to_acc(expert[i]);
+  if (base != nullptr)
+    for (int64_t i = 0; i < n; ++i) t[i] -= to_acc(base[i]);
+  if (source.lower > 0 || source.upper < INT32_MAX) {
+    const int32_t lower = static_cast<int32_t>(source.lower), upper = static_cast<int32_t>(source.upper);
+    const int64_t lower_end = source.lower_end - first, upper_end = source.upper_end - first;
+    if (lower_end >= n && upper_end <= 0) {  // all, or none, of those that are just at a bound: no index to look at
+      for (int64_t i = 0; i < n; ++i) {
+        const float narrow = static_cast<float>(t[i]);
+        int32_t bits;
+        std::memcpy(&bits, &narrow, sizeof bits);
+        bits &= 0x7fffffff;
+        t[i] = (bits >= lower) & (bits <= upper) ? t[i] : Acc(0);
+      }
+    } else {
+      for (int64_t i = 0; i < n; ++i) {
+        const float narrow = static_cast<float>(t[i]);
+        int32_t bits;
+        std::memcpy(&bits, &narrow, sizeof bits);
+        bits &= 0x7fffffff;
+        const bool keep = (bits > lower || (bits == lower && i < lower_end)) &&
+                          (bits < upper || (bits == upper && i >= upper_end));
+        t[i] = keep ? t[i] : Acc(0);
+      }
+    }
+  }
+  if (source.keep_below < (uint64_t{1} << 32)) {
+    uint32_t bits[kMergeBlock];
+    random_bits(source.key, first, n, bits);
+    const uint32_t below = static_cast<uint32_t>(source.keep_below);
+    for (int64_t i = 0; i < n; ++i) t[i] = bits[i] < below ? t[i] : Acc(0);
+  }
+  if (source.rescale != Acc(1))
+    for (int64_t i = 0; i < n; ++i) t[i] = t[i] / source.rescale;
+}
+
+// Elements whose sum is zero although a term is not.
+template <class Acc>
+MOE_INLINE int64_t count_undecided(const Acc* sum, const Acc* deltas, int64_t n, int64_t num_sources) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (sum[i] != 0) continue;
+    bool any = false;
+    for (int64_t k = 0; k < num_sources; ++k) any |= deltas[k * kMergeBlock + i] != 0;
+    count += any;
+  }
+  return count;
+}
+
+template <class T>
+static int64_t merge(const T* base, const T* const* experts, int64_t first, int64_t n, const MergeSource<acc_t<T>>* sources,
+                     int64_t num_sources, const MergeRule<acc_t<T>>& rule, acc_t<T>* deltas, T* out) {
+  using Acc = acc_t<T>;
+  Acc sum[kMergeBlock] = {}, total[kMergeBlock] = {};
+  const T* from = base == nullptr ? nullptr : base + first;
+  for (int64_t k = 0; k < num_sources; ++k) {
+    Acc* t = deltas + k * kMergeBlock;
+    kept_differences(from, experts[k] + first, first, n, sources[k], t);
+    if (sources[k].before != Acc(1))
+      for (int64_t i = 0; i < n; ++i) t[i] = t[i] * sources[k].before;
+    if (rule.election != Election::none)
+      for (int64_t i = 0; i < n; ++i) sum[i] += t[i];
+  }
+  int64_t result = 0;
+  if (out == nullptr) {
+    for (int64_t i = 0; i < n; ++i) result += (sum[i] > 0) - (sum[i] < 0);
+    return result;
+  }
+  if (rule.election == Election::sign_of_sum) {
+    if (rule.zero_sign == 0) result = count_undecided(sum, deltas, n, num_sources);
+    for (int64_t i = 0; i < n; ++i) sum[i] = sum[i] == 0 ? rule.zero_sign : sum[i];
+  }
+  Acc count[kMergeBlock] = {};
+  for (int64_t k = 0; k < num_sources; ++k) {
+    const Acc* t = deltas + k * kMergeBlock;
+    const Acc after = sources[k].after, divisor = sources[k].divisor;
+    if (rule.election == Election::none) {
+      for (int64_t i = 0; i < n; ++i) total[i] += t[i] * after;
+      continue;
+    }
+    // a sum of zero elects plus where the rule is sum_not_negative, and nothing where sign_of_sum has no sign for it
+    const bool zero_is_plus = rule.election == Election::sum_not_negative;
+    for (int64_t i = 0; i < n; ++i) {
+      const bool plus = zero_is_plus ? sum[i] >= 0 : sum[i] > 0, minus = sum[i] < 0;
+      const bool agrees = (plus & (t[i] > 0)) | (minus & (t[i] < 0));
+      const Acc weighted = t[i] * after;
+      total[i] += agrees ? weighted : t[i] == t[i] ? Acc(0) : t[i];  // NaN is not lost
+      count[i] += agrees ? divisor : Acc(0);
+    }
+  }
+  if (rule.divisor == Divisor::count)
+    for (int64_t i = 0; i < n; ++i) total[i] = total[i] / (count[i] < 1 ? Acc(1) : count[i]);
+  else if (rule.divisor == Divisor::weights)
+    for (int64_t i = 0; i < n; ++i) total[i] = total[i] / (count[i] == 0 ? Acc(1) : count[i]);
+  else if (rule.divisor == Divisor::constant)
+    for (int64_t i = 0; i < n; ++i) total[i] = total[i] / rule.constant;
+  if (rule.lambda != Acc(1))
+    for (int64_t i = 0; i < n; ++i) total[i] = total[i] * rule.lambda;
+  if (from != nullptr)
+    for (int64_t i = 0; i < n; ++i) total[i] = to_acc(from[i]) + total[i];
+  for (int64_t i = 0; i < n; ++i) out[first + i] = round_once<T>(total[i]);
+  return result;
+}
+
+template <class T>
+static void magnitudes(const T* base, const T* expert, int64_t first, int64_t n, const MergeSource<acc_t<T>>& source,
+                       double* sums) {
+  using Acc = acc_t<T>;
+  MergeSource<Acc> all{.lower = 0,
+                       .lower_end = INT64_MAX,
+                       .upper = INT32_MAX,
+                       .upper_end = 0,
+                       .keep_below = uint64_t{1} << 32,
+                       .key = 0,
+                       .rescale = 1,
+                       .before = 1,
+                       .after = 1,
+                       .divisor = 1};
+  Acc t[kMergeBlock];
+  const T* from = base == nullptr ? nullptr : base + first;
+  for (int pass = 0; pass < 2; ++pass) {
+    kept_differences(from, expert + first, first, n, pass == 0 ? all : source, t);
+    double lanes[8] = {};
+    for (int64_t i = 0; i < n; ++i) lanes[i % 8] += static_cast<double>(t[i] < 0 ? -t[i] : t[i]);
+    for (const double lane : lanes) sums[pass] += lane;
+  }
+}
+
+}  // namespace moe::MOE_ISA

@@ -1,0 +1,401 @@
+"""Each method as a recipe for one tensor, in each of its semantics."""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from moe_kernels._checks import value_error
+from moe_kernels._dispatch import resolve
+from moe_kernels.ops.merge import native, reference
+from moe_kernels.ops.merge.recipe import ALL, END, Recipe, Source, random_key
+from moe_kernels.ops.task_vector.magnitudes import INFINITY, LOW_BITS, rank, threshold
+
+SEMANTICS = ("official", "peft", "mergekit")
+_EVERY = frozenset(SEMANTICS)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method needs.
+
+    Attributes:
+        keeps: how entries are chosen: "all", "magnitude", "random", "window" (breadcrumbs), "rows" (della).
+        elects: whether signs are elected.
+        semantics: those that have it.
+        needs_base, unweighted: unweighted: semantics in which experts have no weights.
+    """
+
+    keeps: str = "all"
+    elects: bool = False
+    semantics: frozenset[str] = _EVERY
+    needs_base: bool = True
+    unweighted: frozenset[str] = frozenset()
+    normalizes: bool = False
+
+    def has_weights(self, semantics: str) -> bool:
+        return semantics not in self.unweighted
+
+
+_MERGEKIT, _OFFICIAL = frozenset({"mergekit"}), frozenset({"official"})
+METHODS = {
+    "linear": Method(needs_base=False, normalizes=True),
+    "slerp": Method(needs_base=False, unweighted=_EVERY),
+    "task_arithmetic": Method(),
+    "magnitude_prune": Method("magnitude", semantics=frozenset({"peft"})),
+    "ties": Method("magnitude", elects=True, unweighted=_OFFICIAL, normalizes=True),
+    "dare_linear": Method("random"),
+    "dare_ties": Method("random", elects=True, unweighted=_OFFICIAL),
+    "breadcrumbs": Method("window", semantics=_MERGEKIT | _OFFICIAL, unweighted=_OFFICIAL),
+    "breadcrumbs_ties": Method("window", elects=True, semantics=_MERGEKIT),
+    "della": Method("rows", elects=True, semantics=_MERGEKIT, normalizes=True),
+    "della_linear": Method("rows", semantics=_MERGEKIT),
+    "sce": Method(elects=True, semantics=_MERGEKIT, unweighted=_EVERY),
+    "model_stock": Method(semantics=_EVERY, unweighted=_EVERY),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    method: str
+    semantics: str
+    density: float
+    lambda_: float
+    normalize: bool | None
+    gamma: float
+    epsilon: float
+    select_topk: float
+    t: float
+    seed: int
+    num_experts: int
+    has_base: bool
+    backend: str
+
+
+@dataclass
+class WholeModel:
+    """What official TIES finds over all tensors: the bits of each expert's threshold, and the sign of sums of zero,
+    which is found when it is asked for."""
+
+    thresholds: list[int] = field(default_factory=list)
+    zero_sign: Callable[[], int] = int
+
+
+def check_settings(op: str, settings: Settings) -> None:
+    """Refuses what no method means."""
+    if settings.method not in METHODS:
+        raise value_error(op, "method", f"one of {', '.join(METHODS)}", repr(settings.method))
+    if settings.semantics not in SEMANTICS:
+        raise value_error(op, "semantics", f"one of {', '.join(SEMANTICS)}", repr(settings.semantics))
+    method = METHODS[settings.method]
+    if settings.semantics not in method.semantics:
+        known = " or ".join(repr(one) for one in SEMANTICS if one in method.semantics)
+        raise value_error(op, "semantics", f"{known} for method {settings.method!r}", repr(settings.semantics))
+    for name in ("density", "gamma", "epsilon", "select_topk"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise value_error(op, name, "from 0 to 1", getattr(settings, name))
+    for name in ("lambda_", "t"):
+        if not math.isfinite(getattr(settings, name)):
+            raise value_error(op, name, "finite", getattr(settings, name))
+    fewest = {"slerp": 1 if settings.has_base else 2, "model_stock": 2}.get(settings.method, 1)
+    most = fewest if settings.method == "slerp" else math.inf
+    if not fewest <= settings.num_experts <= most:
+        expected = f"{'at least ' if most > fewest else ''}{fewest} for {settings.method}"
+        raise value_error(op, "the number of experts", expected, settings.num_experts)
+    if method.keeps == "rows" and 0 < settings.density < 1:
+        if not 0 <= settings.density - settings.epsilon <= settings.density + settings.epsilon <= 1:
+            expected = "such that density - epsilon and density + epsilon are from 0 to 1"
+            raise value_error(op, "epsilon", expected, settings.epsilon)
+
+
+def prepare(op: str, settings: Settings, names: list[str], load: Callable, progress: Callable) -> WholeModel:
+    """The passes over the whole model that official TIES needs before the first tensor can be merged."""
+    whole = WholeModel()
+    method = METHODS[settings.method]
+    if settings.semantics != "official" or not method.elects:
+        return whole
+    count = settings.num_experts
+
+    def over_model(function: Callable[[str, Tensor | None, list[Tensor]], object]) -> None:
+        for name in names:
+            base, experts = load(name)
+            if experts[0].is_floating_point():
+                function(name, base, experts)
+            progress(name)
+
+    if method.keeps == "magnitude" and settings.density < 1 and len(names) == 1:
+        base, experts = load(names[0])
+        if experts[0].is_floating_point():
+            keep = min(int(experts[0].numel() * settings.density) + 1, experts[0].numel())
+            whole.thresholds = [_bound(op, settings, names[0], expert, base, keep)[0] for expert in experts]
+    elif method.keeps == "magnitude" and settings.density < 1:
+        high, numel = [torch.zeros(2**16, dtype=torch.int64) for _ in range(count)], [0]
+
+        def count_high(name: str, base: Tensor, experts: list[Tensor]) -> None:
+            numel[0] += experts[0].numel()
+            for counts, expert in zip(high, experts, strict=True):
+                counts += _counts(op, settings, name, expert, base)
+
+        over_model(count_high)
+        keep = min(int(numel[0] * settings.density) + 1, numel[0])
+        ranks = [rank(counts, keep) for counts in high]
+        low = [torch.zeros(2**15, dtype=torch.int64) for _ in range(count)]
+
+        def count_low(name: str, base: Tensor, experts: list[Tensor]) -> None:
+            for counts, expert, (prefix, _) in zip(low, experts, ranks, strict=True):
+                counts += _kernels(op, settings, expert).count_magnitudes(expert, base, prefix).cpu()
+
+        over_model(count_low)
+        found = zip(ranks, low, strict=True)
+        whole.thresholds = [prefix << LOW_BITS | rank(counts, keep - above)[0] for (prefix, above), counts in found]
+
+    @functools.cache
+    def zero_sign() -> int:
+        """One more pass, for the few models in which experts cancel out exactly."""
+        signs = [0]
+
+        def count_signs(name: str, base: Tensor, experts: list[Tensor]) -> None:
+            recipe = _recipe(op, settings, whole, name, base, experts, [1.0] * count)
+            signs[0] += _kernels(op, settings, experts[0]).elected_signs(base, experts, recipe)
+
+        over_model(count_signs)
+        return (signs[0] > 0) - (signs[0] < 0)
+
+    whole.zero_sign = zero_sign
+    return whole
+
+
+def merge_one(
+    op: str,
+    settings: Settings,
+    whole: WholeModel,
+    name: str,
+    base: Tensor | None,
+    experts: list[Tensor],
+    weights: list[float],
+) -> Tensor:
+    """One floating tensor, all of its models contiguous."""
+    kernels = _kernels(op, settings, experts[0])
+    if settings.method == "slerp":
+        pair = experts if len(experts) == 2 else [base, *experts]
+        return kernels.merge(None, pair, _slerp(settings, pair))[0]
+    if settings.method == "model_stock":
+        return kernels.merge(base, experts, _model_stock(settings, base, experts))[0]
+    method = METHODS[settings.method]
+    by_rows = method.keeps == "rows" or (method.keeps == "window" and settings.semantics == "official")
+    if by_rows or settings.method == "sce":
+        return _merge_deltas(op, settings, name, base, experts, weights)
+    linear = settings.method == "linear"
+    recipe = _recipe(op, settings, whole, name, base, experts, weights)
+    merged, undecided = kernels.merge(None if linear else base, experts, recipe)
+    if undecided:
+        recipe.zero_sign = whole.zero_sign()
+        merged, _ = kernels.merge(base, experts, recipe)
+    return merged
+
+
+def _kernels(op: str, settings: Settings, tensor: Tensor):
+    return reference if resolve(op, settings.backend, tensor.device.type) == "reference" else native
+
+
+def _counts(op: str, settings: Settings, name: str, expert: Tensor, base: Tensor | None) -> Tensor:
+    counts = _kernels(op, settings, expert).count_magnitudes(expert, base, -1).cpu()
+    if counts[INFINITY >> LOW_BITS :].any():
+        remedy = "a difference beyond float32 counts as one"
+        raise value_error(op, name or "experts", "finite", "NaN or an infinity", remedy)
+    return counts
+
+
+def _bound(op: str, settings: Settings, name: str, expert: Tensor, base: Tensor | None, keep: int) -> tuple[int, int]:
+    """Bits and end index such that exactly the ``keep`` largest are above the bits, or just them and before the end."""
+    numel = expert.numel()
+    if keep <= 0:
+        return INFINITY, 0
+    if keep >= numel:
+        return 0, END
+    kernels = _kernels(op, settings, expert)
+    try:
+        found = threshold(kernels, expert, base, keep)
+    except ValueError as error:
+        raise value_error(op, name or "experts", "finite", error, "a difference beyond float32 counts as one") from None
+    if found.wanted == found.ties:
+        return found.bits, END
+    return found.bits, kernels.end_of_ties(expert, base, found.bits, found.wanted)
+
+
+def _recipe(
+    op: str,
+    settings: Settings,
+    whole: WholeModel,
+    name: str,
+    base: Tensor | None,
+    experts: list[Tensor],
+    weights: list[float],
+) -> Recipe:
+    """Of the methods whose choice of entries is one of thresholds and random numbers."""
+    method, semantics = METHODS[settings.method], settings.semantics
+    numel, density = experts[0].numel(), settings.density
+    sources = [Source() for _ in experts]
+    if method.keeps == "magnitude" and density < 1:
+        for number, (source, expert) in enumerate(zip(sources, experts, strict=True)):
+            if semantics == "official":
+                source.lower = whole.thresholds[number]
+            else:
+                keep = int(density * numel)
+                keep = max(1, keep) if semantics == "mergekit" and 0 < density else keep
+                source.lower, source.lower_end = _bound(op, settings, name, expert, base, keep)
+    elif method.keeps == "window" and density < 1:
+        keep, top = int(density * numel), int(settings.gamma * numel)
+        dropped = numel - keep - max(0, numel - keep - top)
+        for source, expert in zip(sources, experts, strict=True):
+            source.lower, source.lower_end = _bound(op, settings, name, expert, base, dropped + keep)
+            if dropped > 0:
+                source.upper, source.upper_end = _bound(op, settings, name, expert, base, dropped)
+    elif method.keeps == "random" and density < 1:
+        for number, source in enumerate(sources):
+            source.keep_below, source.key = round(density * ALL), random_key(settings.seed, name, number)
+        if semantics == "mergekit":
+            sums = _kernels(op, settings, experts[0]).kept_magnitudes(base, experts, Recipe(sources)).tolist()
+            for source, (whole_sum, kept) in zip(sources, sums, strict=True):
+                source.rescale = kept / whole_sum if whole_sum and kept else 1.0
+        elif density > 0:
+            for source in sources:
+                source.rescale = density
+    return _combination(settings, sources, weights)
+
+
+def _combination(settings: Settings, sources: list[Source], weights: list[float]) -> Recipe:
+    """How the kept entries become one: weights, election, divisor."""
+    method, semantics = METHODS[settings.method], settings.semantics
+    normalize = method.normalizes if settings.normalize is None else settings.normalize
+    recipe = Recipe(sources, lambda_=settings.lambda_)
+    for source, weight in zip(sources, weights, strict=True):
+        if semantics == "mergekit":
+            source.before, source.divisor = weight, weight
+        else:
+            source.after = weight
+    if method.elects:
+        recipe.election = "sign_of_sum" if semantics == "official" else "sum_not_negative"
+        if semantics != "mergekit":
+            recipe.divisor = "count"
+        elif normalize:
+            recipe.divisor = "weights"
+    elif normalize:
+        total = math.fsum(weights)
+        recipe.divisor, recipe.constant = "constant", total if abs(total) >= 1e-8 else 1.0
+    return recipe
+
+
+def _merge_deltas(
+    op: str, settings: Settings, name: str, base: Tensor, experts: list[Tensor], weights: list[float]
+) -> Tensor:
+    """Methods that look at rows or at all experts at once: differences of one tensor are made, then merged."""
+    acc = reference.accumulator(base.dtype)
+    deltas = [expert.to(acc) - base.to(acc) for expert in experts]
+    if not all(bool(delta.isfinite().all()) for delta in deltas):
+        raise value_error(op, name or "experts", "finite", "NaN or an infinity")
+    if settings.method == "sce":
+        recipe = _sce(settings, deltas)
+    else:
+        keep = _della if METHODS[settings.method].keeps == "rows" else _breadcrumbs
+        deltas = [keep(settings, name, number, delta) for number, delta in enumerate(deltas)]
+        recipe = _combination(settings, [Source() for _ in deltas], weights)
+    recipe.lambda_ = settings.lambda_
+    merged, _ = _kernels(op, settings, base).merge(None, deltas, recipe)
+    return (base.to(acc) + merged).to(base.dtype)
+
+
+def _rows(delta: Tensor) -> Tensor:
+    return delta.reshape(1, -1) if delta.dim() < 2 else delta.reshape(-1, delta.shape[-1])
+
+
+def _breadcrumbs(settings: Settings, name: str, number: int, delta: Tensor) -> Tensor:
+    """Of each row of the last dimension: the top ``int(gamma n)`` go, of the rest the top ``int(density n)`` stay."""
+    rows = _rows(delta)
+    n = rows.shape[1]
+    top, keep = int(settings.gamma * n), int(settings.density * n)
+    order = rows.abs().argsort(dim=1, descending=True, stable=True)[:, top : top + keep]
+    return torch.zeros_like(rows).scatter(1, order, rows.gather(1, order)).view(delta.shape)
+
+
+def _della(settings: Settings, name: str, number: int, delta: Tensor) -> Tensor:
+    """Of each row (a vector is one; the first dimension counts rows): kept by rank, to the same sum of magnitudes."""
+    if settings.density >= 1 or delta.numel() == 0:
+        return delta
+    if settings.density <= 0:
+        return torch.zeros_like(delta)
+    rows = delta.reshape(1, -1) if delta.dim() < 2 else delta.reshape(delta.shape[0], -1)
+    below = reference.della_probabilities(rows.abs(), settings.density, settings.epsilon).mul(ALL).round()
+    numbers = reference.random_bits(random_key(settings.seed, name, number), rows.numel(), rows.device)
+    kept = torch.where(numbers.view(rows.shape) < below, rows, 0)
+    before, after = float(rows.double().abs().sum()), float(kept.double().abs().sum())
+    return (kept / (after / before) if before and after else kept).view(delta.shape)
+
+
+def _sce(settings: Settings, deltas: list[Tensor]) -> Recipe:
+    """Entries of the largest variance between experts; weights by mean square; election; weighted mean.
+
+    mergekit gives every expert the same weight where the mean squares sum to less than 1e-6; here only where to 0.
+    """
+    if settings.select_topk < 1:
+        variance = torch.stack(deltas).var(0, unbiased=False).view(-1)
+        keep = int(int(variance.count_nonzero()) * settings.select_topk)
+        mask = torch.zeros_like(variance, dtype=torch.bool)
+        mask[variance.argsort(dim=0, descending=True, stable=True)[:keep]] = True
+        for delta in deltas:
+            delta *= mask.view(delta.shape)
+    squares = [float(delta.double().square().mean()) if delta.numel() else 0.0 for delta in deltas]
+    total = math.fsum(squares)
+    weights = [square / total if total else 1 / len(deltas) for square in squares]
+    sources = [Source(after=weight, divisor=weight) for weight in weights]
+    return Recipe(sources, election="sum_not_negative", divisor="weights")
+
+
+def _model_stock(settings: Settings, base: Tensor, experts: list[Tensor]) -> Recipe:
+    """``base + ratio * mean(t)``, ``ratio = N cos / (1 + (N - 1) cos)`` with the mean cosine between task vectors.
+
+    A task vector of zero has the angle of none: its cosines are 0. mergekit takes the product of two norms for at least
+    1e-6, which moves small tensors to the base.
+    """
+    count = len(experts)
+    inner = torch.zeros(count, count, dtype=torch.float64)
+    for part in _parts(base.numel()):
+        t = torch.stack([(expert.view(-1)[part].double() - base.view(-1)[part].double()) for expert in experts])
+        inner += (t @ t.T).cpu()
+    norms = inner.diagonal().sqrt()
+    cosines = []
+    for i in range(count):
+        for j in range(i + 1, count):
+            product = float(norms[i] * norms[j])
+            cosines.append(max(-1.0, min(1.0, float(inner[i, j]) / product)) if product else 0.0)
+    cosine = math.fsum(cosines) / len(cosines)
+    denominator = 1 + (count - 1) * cosine
+    ratio = count * cosine / denominator if abs(denominator) >= 1e-6 else 0.0
+    sources = [Source() for _ in experts]
+    return Recipe(sources, divisor="constant", constant=float(count), lambda_=ratio * settings.lambda_)
+
+
+def _slerp(settings: Settings, experts: list[Tensor]) -> Recipe:
+    """``sin((1 - t) a) / sin(a) * first + sin(t a) / sin(a) * second`` with the angle a between them; nearly parallel
+    ones (cosine beyond 0.9995) are interpolated along the straight line."""
+    inner = torch.zeros(2, 2, dtype=torch.float64)
+    for part in _parts(experts[0].numel()):
+        x = torch.stack([expert.view(-1)[part].double() for expert in experts])
+        inner += (x @ x.T).cpu()
+    product = math.sqrt(float(inner[0, 0])) * math.sqrt(float(inner[1, 1]))
+    cosine = max(-1.0, min(1.0, float(inner[0, 1]) / product)) if product else 1.0
+    t = settings.t
+    if abs(cosine) > 0.9995:
+        first, second = 1 - t, t
+    else:
+        angle = math.acos(cosine)
+        first, second = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
+    return Recipe([Source(after=first), Source(after=second)])
+
+
+def _parts(numel: int):
+    step = 1 << 20
+    return (slice(begin, begin + step) for begin in range(0, numel, step))
