@@ -274,7 +274,7 @@ def test_slerp_and_linear(backend):
 @pytest.mark.parametrize("shape", [(), (0,), (0, 3), (1,), (1, 1), (5, 1)], ids=str)
 def test_small_shapes_and_densities(backend, method, semantics, shape):
     base, experts = models(shape)
-    for density in (0.0, 0.5, 1.0):
+    for density in (0.0, 1e-90, 0.5, 1.0):
         epsilon = 0.1 if density == 0.5 else 0.0
         out = call(base, experts, method, semantics, density=density, epsilon=epsilon, backend=backend)
         assert out.shape == base.shape and out.isfinite().all()

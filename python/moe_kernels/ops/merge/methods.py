@@ -261,7 +261,7 @@ def _recipe(
             sums = _kernels(op, settings, experts[0]).kept_magnitudes(base, experts, Recipe(sources)).tolist()
             for source, (whole_sum, kept) in zip(sources, sums, strict=True):
                 source.rescale = kept / whole_sum if whole_sum and kept else 1.0
-        elif density > 0:
+        elif sources[0].keep_below > 0:  # else nothing is kept, and 0 / 0 is not to be asked for
             for source in sources:
                 source.rescale = density
     return _combination(settings, sources, weights)
