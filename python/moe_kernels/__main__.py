@@ -11,13 +11,13 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("env", help="versions, back ends and settings of this installation, for bug reports")
     demo_parser = commands.add_parser("demo", help="a real language model split into experts, and real layers timed")
 
-    from moe_kernels.commands import apply, compress, inspect
+    from moe_kernels.commands import apply, compress, inspect, merge
     from moe_kernels.commands.arguments import CommandError, require_packages
     from moe_kernels.demo import run as demo
     from moe_kernels.demo.extras import MissingExtra
 
     demo.add_arguments(demo_parser)
-    on_checkpoints = {"compress": compress, "apply": apply, "inspect": inspect}
+    on_checkpoints = {"compress": compress, "apply": apply, "merge": merge, "inspect": inspect}
     for name, command in on_checkpoints.items():
         command.add_arguments(commands.add_parser(name, help=command.HELP))
     arguments = parser.parse_args(argv)

@@ -1,1 +1,1 @@
-"""``python -m moe_kernels compress | apply | inspect``: task vectors of whole checkpoints."""
+"""``python -m moe_kernels compress | apply | merge | inspect``: task vectors of whole checkpoints."""

@@ -4,7 +4,14 @@ import hashlib
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from moe_kernels.commands.arguments import CommandError, add_leave_out, is_left_out, listed, progress_bar
+from moe_kernels.commands.arguments import (
+    CommandError,
+    add_leave_out,
+    file_and_number,
+    is_left_out,
+    listed,
+    progress_bar,
+)
 
 HELP = "task vectors added to a checkpoint, all of them with one rounding"
 
@@ -24,7 +31,7 @@ def main(arguments: Namespace) -> None:
     from moe_kernels.integrations.safetensors import Checkpoint, load_task_vectors, write_checkpoint
 
     base = Checkpoint(arguments.base)
-    experts = [_file_and_coefficient(argument) for argument in arguments.deltas]
+    experts = [file_and_number("apply", argument) for argument in arguments.deltas]
     vectors = [(load_task_vectors(path), coefficient) for path, coefficient in experts]
     plan: dict[str, list] = {}
     for (path, _), (deltas, coefficient) in zip(experts, vectors, strict=True):
@@ -57,16 +64,6 @@ def main(arguments: Namespace) -> None:
     with progress_bar(len(base), "apply") as bar:
         kept = write_checkpoint(arguments.out, base, make, settings=settings, progress=lambda name: bar.update())
     print(f"{arguments.out}: {len(plan)} of {len(base)} tensors changed" + (f"; kept {listed(kept)}" if kept else ""))
-
-
-def _file_and_coefficient(argument: str) -> tuple[str, float]:
-    path, _, number = argument.rpartition("=")
-    if not path or Path(argument).exists():
-        return argument, 1.0
-    try:
-        return path, float(number)
-    except ValueError:
-        raise CommandError(f"apply: DELTA=COEFFICIENT must end in a number, got {argument!r}") from None
 
 
 def _settings(arguments: Namespace, experts: list[tuple[str, float]]) -> str:

@@ -4,6 +4,7 @@ import fnmatch
 import importlib.util
 from argparse import ArgumentParser
 from collections.abc import Iterable
+from pathlib import Path
 
 PACKAGES = ("safetensors",)
 
@@ -30,6 +31,17 @@ def add_leave_out(parser: ArgumentParser) -> None:
 
 def is_left_out(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def file_and_number(command: str, argument: str) -> tuple[str, float]:
+    """``path=number``; 1 where there is no number."""
+    path, _, number = argument.rpartition("=")
+    if not path or Path(argument).exists():
+        return argument, 1.0
+    try:
+        return path, float(number)
+    except ValueError:
+        raise CommandError(f"{command}: {argument!r} must end in a number after the =") from None
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:

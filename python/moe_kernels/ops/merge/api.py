@@ -1,7 +1,7 @@
 """Several fine-tunes of one model as one: :func:`merge` and :func:`merge_tensors`."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -117,15 +117,15 @@ def merge_tensors(
     select_topk: float = 1.0,
     t: float = 0.5,
     seed: int = 0,
-    names: Sequence[str] | None = None,
+    names: Iterable[str] | None = None,
     progress: Callable[[str], object] | None = None,
     backend: Backend = "auto",
 ) -> Iterator[tuple[str, Tensor]]:
     """:func:`merge`, one name after the other as they are asked for: for checkpoints that memory does not hold.
 
     Args:
-        names: which tensors to give, in this order; default all, sorted. What is of the whole model (official TIES'
-            threshold and majority) is of all of them, whichever are given.
+        names: which tensors to give, in this order, asked for one by one; default all, sorted. What is of the whole
+            model (official TIES' threshold and majority) is of all of them, whichever are given.
         progress: is called with a tensor's name when a pass over it ends; official TIES has three before the last.
     """
     op = "merge"
@@ -158,10 +158,10 @@ def merge_tensors(
 
 
 def _generate(op, settings, known, names, load, of_name, progress) -> Iterator[tuple[str, Tensor]]:
-    if names is not None and not set(names) <= set(known):
-        raise value_error(op, "names", "of the experts' tensors", ", ".join(sorted(set(names) - set(known))[:8]))
     whole = prepare(op, settings, known, load, progress)
     for name in known if names is None else names:
+        if name not in known:
+            raise value_error(op, "names", "of the experts' tensors", repr(name))
         base, experts = load(name)
         if experts[0].is_floating_point():
             yield name, merge_one(op, settings, whole, name, base, experts, of_name(name))
