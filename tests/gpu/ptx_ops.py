@@ -66,17 +66,21 @@ def collect(launched: Launched) -> None:
         launches.append(launched)
 
 
+def _tensors(tree) -> list[torch.Tensor]:
+    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
 class _Allocations(TorchDispatchMode):
     """Every tensor that appears while one op runs: what its kernels may touch."""
 
     def __init__(self, arguments):
         super().__init__()
-        self.tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+        self.tensors = _tensors(arguments)
         self.unwritten: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        self.tensors += [part for part in torch.utils._pytree.tree_leaves(result) if isinstance(part, torch.Tensor)]
+        self.tensors += _tensors(result)
         if func is torch.ops.aten.new_empty.default:
             self.unwritten.append(result)
         return result
