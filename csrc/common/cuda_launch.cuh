@@ -81,6 +81,20 @@ void launch(const DeviceScope& scope, void (*kernel)(Params...), dim3 grid, dim3
 #endif
 }
 
+// A value that the device computes, when it has: the host waits for all that was launched before.
+template <class T>
+T read_back(const DeviceScope& scope, const T* from) {
+#if defined(__CUDACC__)
+  T value;
+  STD_CUDA_CHECK(cudaMemcpyAsync(&value, from, sizeof value, cudaMemcpyDeviceToHost, scope.stream()));
+  STD_CUDA_CHECK(cudaStreamSynchronize(scope.stream()));
+  return value;
+#else
+  (void)scope;
+  return *from;
+#endif
+}
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Blocks along the grid's first dimension.

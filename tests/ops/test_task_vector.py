@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from moe_kernels import TernaryDelta, apply_, unapply_
 from moe_kernels.ops.task_vector import native, reference
 from moe_kernels.ops.task_vector.reference import bits
-from tests.ops.helpers import DTYPES, seeded, strided
+from tests.ops.helpers import DTYPES, SLOW, seeded, strided
 
 OP = "apply_"
+GPU_KERNELS = ["native-simt", "native-ptx", "native-cuda", "triton-cpu", "triton-ptx", "triton-cuda"]
 #: around a group of 64 and a block of 4096; one element; several tasks of 16 blocks and a tail
 SIZES = [1, 63, 64, 65, 4095, 4096, 4097, 200_003]
 
@@ -45,8 +46,19 @@ def special(dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor(kinds, dtype=torch.float64).to(dtype).repeat(440)
 
 
+def random_bits(size: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    pattern = torch.randint(-(2**63), 2**63 - 1, (size,), generator=generator)
+    return (pattern >> (64 - 8 * dtype.itemsize)).to(bits(torch.empty(0, dtype=dtype)).dtype).view(dtype)
+
+
+def triton_kernels():
+    from moe_kernels.ops.task_vector import triton
+
+    return triton
+
+
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return torch.equal(bits(a), bits(b))
+    return torch.equal(*(bits(x) if x.is_floating_point() else x for x in (a, b)))
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (5, 0), (1,), (63,), (64,), (65,), (3, 7, 11), (4097,)], ids=str)
@@ -72,10 +84,15 @@ def test_signs_of_any_strides_and_dtype():
         assert torch.equal(TernaryDelta.from_signs(given_signs).signs(), signs.to(torch.int8))
 
 
+@pytest.mark.on_gpus
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_apply_and_undo(backend, dtype, size, count):
+def test_apply_and_undo(backend, kernel_id, dtype, size, count):
+    if kernel_id in SLOW:
+        if (count, size) not in ((3, 65), (8, 1), (2, 4097), (1, 200_003)):
+            pytest.skip("an interpreter gets some of them")
+        size = min(size, 9001)
     deltas = [ternary(size, scale=1e-3 * (i + 1), seed=i) for i in range(count)]
     coefficients = [1.0, -1.5, 0.7, 2.0, -0.1, 3.0, 1.0, -1.0][:count]
     before = weights(size, dtype)
@@ -88,6 +105,7 @@ def test_apply_and_undo(backend, dtype, size, count):
     assert same_bits(undoable, before)
 
 
+@pytest.mark.on_gpus
 @pytest.mark.parametrize("scale", [0.0, 1e-41, 1e-3, 1.0, 1e30])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_special_numbers(backend, dtype, scale):
@@ -103,10 +121,12 @@ def test_special_numbers(backend, dtype, scale):
 
 
 # the rows of the exactness table: how often W + d - d is not W grows with d
+@pytest.mark.on_gpus
 @pytest.mark.parametrize("scale", [5e-3, 1e-3, 3e-4, 1e-4, 3e-5])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_undo_is_exact_where_subtraction_is_not(backend, dtype, scale):
-    before, delta = weights(50_000, dtype), ternary(50_000, 1.0, scale)
+def test_undo_is_exact_where_subtraction_is_not(backend, kernel_id, dtype, scale):
+    size = 5_000 if kernel_id in SLOW else 50_000
+    before, delta = weights(size, dtype), ternary(size, 1.0, scale)
     weight = before.clone()
     undo = apply_(weight, delta, undo=True, backend=backend)
     subtracted = weight.clone()
@@ -116,12 +136,69 @@ def test_undo_is_exact_where_subtraction_is_not(backend, dtype, scale):
     assert same_bits(weight, before)
 
 
-def test_undo_is_small(backend):
-    weight = weights(1 << 20, torch.bfloat16)
+@pytest.mark.on_gpus
+def test_undo_is_small(backend, kernel_id):
+    weight = weights(1 << (14 if kernel_id in SLOW else 20), torch.bfloat16)
     undo = apply_(weight, ternary(weight.shape, 0.05), undo=True, backend=backend)
     assert undo.nbytes * 8 < 0.2 * weight.numel()  # bits; a copy of what changes would be 0.8
 
 
+@pytest.mark.parametrize("densities", [(0.0,), (0.05,), (1.0, 0.3)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.on_gpus
+def test_the_undo_is_that_of_the_cpu(backend, dtype, densities):
+    """Tensor by tensor: what one device keeps, another takes back. Weights of random bits among ordinary ones."""
+    before = weights(9001, dtype)
+    before[::3] = random_bits(3001, dtype, seeded(1))
+    deltas = [ternary(9001, density, 10.0 ** (-3 * i), i) for i, density in enumerate(densities)]
+    on_cpu = [TernaryDelta(delta.planes.cpu(), delta.shape, delta.scale) for delta in deltas]
+    here, there = before.clone(), before.cpu()
+    undo = apply_(here, deltas, undo=True, backend=backend)
+    values = torch.tensor(undo.values, dtype=torch.float64).tolist()
+    parts = torch.ops.moe_kernels.apply_ternary_undoable(there, [delta.planes for delta in on_cpu], values)
+    assert same_bits(here.cpu(), there)
+    for part, expected in zip(undo.parts, parts, strict=True):
+        assert part.dtype == expected.dtype and part.shape == expected.shape and same_bits(part.cpu(), expected)
+
+
+@pytest.mark.on_gpus
+def test_odd_addresses(backend):
+    """Weights and planes that begin in the middle of 16 bytes; their neighbours stay."""
+    for dtype in DTYPES:
+        memory = torch.zeros(4200, dtype=dtype)
+        weight, words = memory[1:4199], torch.zeros(2 * 66 + 1, dtype=torch.int64)
+        before = weight.copy_(weights(4198, dtype)).clone()
+        delta = ternary(4198)
+        odd = TernaryDelta(words[1:].view(66, 2).copy_(delta.planes), delta.shape, delta.scale)
+        expected = before.clone()
+        apply_(expected, delta, backend="reference")
+        undo = apply_(weight, odd, undo=True, backend=backend)
+        assert same_bits(weight, expected)
+        unapply_(weight, undo, backend=backend)
+        assert same_bits(weight, before) and memory[0] == 0 and memory[-1] == 0
+        apply_(weight, odd, backend=backend)
+        assert same_bits(weight, expected) and memory[0] == 0 and memory[-1] == 0
+
+
+@pytest.mark.on_gpus
+def test_many_vectors(backend, kernel_id):
+    before = weights(300, torch.bfloat16)
+    deltas = [ternary(300, 0.1, seed=i) for i in range(65)]
+    on_cuda = backend == "native" and kernel_id != "native-cpu"
+    for few in (deltas[:64], deltas):
+        expected, weight = before.clone(), before.clone()
+        if on_cuda and len(few) > 64:
+            with pytest.raises(RuntimeError, match="apply_: deltas must be at most 64 on a GPU, got 65"):
+                apply_(weight, few, backend=backend)
+            continue
+        apply_(expected, few, backend="reference")
+        undo = apply_(weight, few, undo=True, backend=backend)
+        assert same_bits(weight, expected)
+        unapply_(weight, undo, backend=backend)
+        assert same_bits(weight, before)
+
+
+@pytest.mark.on_gpus
 def test_one_rounding(backend):
     """Many small steps arrive although each alone is lost."""
     one = TernaryDelta.from_signs(torch.ones(100), 2.0**-9)
@@ -132,6 +209,7 @@ def test_one_rounding(backend):
     assert torch.equal(apart, torch.ones_like(apart)) and together.tolist() == [1 + 2.0**-6] * 100
 
 
+@pytest.mark.on_gpus
 def test_sums_in_float32_in_order(backend):
     """A large vector first swallows the next; in any other order it would not."""
     deltas = [TernaryDelta.from_signs(torch.ones(70), scale) for scale in (1e8, 1.0, -1e8)]
@@ -142,6 +220,7 @@ def test_sums_in_float32_in_order(backend):
     assert torch.equal(weight, torch.ones(70))
 
 
+@pytest.mark.on_gpus
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strides_and_gradients(backend, dtype):
     before = weights((33, 65), dtype)
@@ -176,9 +255,7 @@ def test_threads_do_not_matter(backend, threads):
 )  # fmt: skip
 def test_any_size_density_and_bits(size, densities, dtype, seed):
     """Weights of random bits: every exponent, NaN of every payload."""
-    generator = seeded(seed)
-    pattern = torch.randint(-(2**63), 2**63 - 1, (size,), generator=generator)
-    before = (pattern >> (64 - 8 * dtype.itemsize)).to(bits(torch.empty(0, dtype=dtype)).dtype).view(dtype)
+    before = random_bits(size, dtype, seeded(seed))
     deltas = [ternary(size, density, 10.0 ** (i - 3), seed + i) for i, density in enumerate(densities)]
     expected, actual = before.clone(), before.clone()
     apply_(expected, deltas, backend="reference")
@@ -188,6 +265,7 @@ def test_any_size_density_and_bits(size, densities, dtype, seed):
     assert same_bits(actual, before)
 
 
+@pytest.mark.on_gpus
 def test_the_undo_belongs_to_one_state_of_the_weight(backend):
     weight, delta = weights(100, torch.bfloat16), ternary(100)
     undo = apply_(weight, delta, undo=True, backend=backend)
@@ -210,6 +288,7 @@ def test_autograd_sees_the_change(backend):
         loss.backward()
 
 
+@pytest.mark.on_gpus
 def test_inference_mode(backend):
     with torch.inference_mode():
         before = weights(100, torch.bfloat16)
@@ -220,6 +299,7 @@ def test_inference_mode(backend):
         assert same_bits(weight, before)
 
 
+@pytest.mark.on_gpus
 def test_no_vectors_and_no_elements(backend):
     weight = weights(10, torch.float32)
     state = weight.clone()
@@ -254,10 +334,16 @@ def test_bad_input():
         TernaryDelta(torch.zeros(1, 2), (3,))
 
 
-def test_kernels_refuse_an_undo_of_other_vectors():
+@pytest.mark.on_gpus
+def test_an_undo_of_other_vectors(backend, raises_in_kernel):
+    """On the CPU an error; a GPU has nobody to tell, and reads nothing that is not there."""
     weight, delta = weights(5000, torch.bfloat16), ternary(5000, 0.01)
-    parts = native.apply_ternary_undoable(weight, [delta.planes], [1.0])
+    parts = apply_(weight, delta, undo=True, backend=backend).parts
     denser = ternary(5000, 0.9)
+    if not raises_in_kernel:
+        unapply_ternary = native.unapply_ternary if backend == "native" else triton_kernels().unapply_ternary
+        unapply_ternary(weight, [denser.planes], [1.0], *parts)
+        return
     with pytest.raises(RuntimeError, match="the undo must be that of these deltas"):
         native.unapply_ternary(weight, [denser.planes], [1.0], *parts)
 
