@@ -78,15 +78,16 @@ def apply_(
     with torch.no_grad():
         target = weight.detach()
         work = target.contiguous()
-        if resolve(op, backend, weight.device.type) == "reference":
+        backend = resolve(op, backend, weight.device.type)
+        if backend == "reference":
             if undo:
                 parts = reference.apply_undoable_(work, _planes(deltas), values)
             else:
                 reference.apply_(work, _planes(deltas), values)
         elif undo:
-            parts = native.apply_ternary_undoable(work, _tensors(deltas), values)
+            parts = _kernels(backend).apply_ternary_undoable(work, _tensors(deltas, backend), values)
         else:
-            native.apply_ternary(work, _tensors(deltas), values)
+            _kernels(backend).apply_ternary(work, _tensors(deltas, backend), values)
         _finish(weight, target, work)
     return Undo(tuple(deltas), tuple(values), parts, _version(weight)) if undo else None
 
@@ -119,10 +120,10 @@ def unapply_(weight: Tensor, undo: Undo, *, backend: Backend = "auto") -> None:
         work = target.contiguous()
         if len(undo.parts) == 2:
             reference.unapply_(work, _planes(undo.deltas), undo.values, *undo.parts)
-        elif resolve(op, backend, weight.device.type) == "reference":
+        elif (backend := resolve(op, backend, weight.device.type)) == "reference":
             raise value_error(op, "backend", "that of apply_", "reference")
         else:
-            native.unapply_ternary(work, _tensors(undo.deltas), undo.values, *undo.parts)
+            _kernels(backend).unapply_ternary(work, _tensors(undo.deltas, backend), undo.values, *undo.parts)
         _finish(weight, target, work)
 
 
@@ -221,9 +222,20 @@ def _tensor(delta: TernaryDelta | PackedDelta) -> Tensor:
     return delta.data if isinstance(delta, PackedDelta) else delta.planes
 
 
-def _tensors(deltas) -> list[Tensor]:
-    """What the kernels take."""
-    return [_tensor(delta) if delta.device.type == "cpu" else _planes([delta])[0].planes for delta in deltas]
+def _kernels(backend: str):
+    """The module whose functions run: native, or their Triton twins, which are imported when first asked for."""
+    if backend == "native":
+        return native
+    from moe_kernels.ops.task_vector import triton
+
+    return triton
+
+
+def _tensors(deltas, backend: str) -> list[Tensor]:
+    """What the kernels take: packed vectors only on the CPU."""
+    if backend == "native" and deltas[0].device.type == "cpu":
+        return [_tensor(delta) for delta in deltas]
+    return [delta.planes for delta in _planes(deltas)]
 
 
 def _planes(deltas) -> list[TernaryDelta]:
