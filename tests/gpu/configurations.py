@@ -38,6 +38,8 @@ SHIPPED_KERNELS = {
     "permute": (256, 8), "unpermute": (256, 2), "unpermute_bwd": (256, 3),
     "plan_count": (256, 0), "plan_scan": (1024, 0), "plan_scatter": (256, 0),
     "route": (128, 0), "route_weights": (128, 0), "route_bwd": (128, 0),
+    "apply_ternary": (256, 3), "count_touched": (256, 0), "scan_counts": (1024, 0), "apply_undoable": (512, 3),
+    "collect_kept": (256, 0), "unapply_ternary": (512, 3),
 }  # fmt: skip
 
 
@@ -66,8 +68,9 @@ def _sm90(key: str, name: str) -> Configuration:
 def _shipped(key: str, name: str) -> Configuration:
     kernel, arguments = re.search(r"GLOBAL__N_1\d+([a-z_]+)_kernel(?:I(.*?)EEv|E)", key).groups()
     threads, wide = SHIPPED_KERNELS[kernel]
-    # Vec<unsigned, 4>, or more than one element in a vector
-    moves_vectors = wide and re.search(r"VecIjLi4E" if kernel == "permute" else r"Li[248]E$", arguments)
+    # Vec<unsigned, 4>, or more than one element in a vector; task vectors have no variant that moves less
+    vectors = {"permute": r"VecIjLi4E", "unpermute": r"Li[248]E$", "unpermute_bwd": r"Li[248]E$"}.get(kernel, "")
+    moves_vectors = wide and re.search(vectors, arguments)
     # float64 serves gradient checks: it may be slow
     is_double = arguments is not None and arguments.startswith("d")
     limits = Limits(
@@ -123,6 +126,10 @@ TRITON_KERNELS = {
         "_grad_weights_kernel": 0,
         "_bias_grad_kernel": 0,
     },
+    "apply_ternary": {"_apply_kernel": 2},
+    "apply_ternary_undoable": {"_count_kernel": 0, "_apply_undoable_kernel": 2},
+    "collect_kept": {"_collect_kernel": 0},
+    "unapply_ternary": {"_unapply_kernel": 2},
     "route": {"_route_kernel": 0},
     "route of groups": {"_route_kernel": 0},
     "route_weights": {"_route_weights_kernel": 0},
@@ -134,6 +141,10 @@ def _triton_launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """The rooms' own launches in a layer of Qwen3-30B-A3B (groups: DeepSeek-V3), by name in TRITON_KERNELS."""
     from moe_kernels.ops.permute import triton as permute
     from moe_kernels.ops.route import triton as route
+    from moe_kernels.ops.task_vector import triton as task_vector
+
+    weight, planes = torch.zeros(8192, dtype=dtype), torch.ones(128, 2, dtype=torch.int64)
+    undo = [torch.zeros(3).long(), torch.zeros(2, 16).long(), torch.zeros(16, dtype=dtype), torch.zeros(3).long()]
 
     ids, weights, source_rows = torch.zeros(16, 8, dtype=torch.int32), torch.ones(16, 8), torch.arange(128).int()
     many_ids = torch.zeros(64, 8, dtype=torch.int32)  # two tiles
@@ -147,6 +158,10 @@ def _triton_launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "expert_ffn, few tokens": lambda: _expert_ffn(16, dtype, save=False),
         "expert_ffn saving": lambda: _expert_ffn(1024, dtype, save=True),
         "expert_ffn_bwd": lambda: _expert_ffn(1024, dtype, backward=True),
+        "apply_ternary": lambda: task_vector.apply_ternary(weight, [planes], [1.0]),
+        "apply_ternary_undoable": lambda: task_vector.apply_ternary_undoable(weight, [planes], [1.0]),
+        "collect_kept": lambda: task_vector._collect_kernel[(2,)](weight, undo[0], undo[3], undo[2], BLOCK=128),
+        "unapply_ternary": lambda: task_vector.unapply_ternary(weight, [planes], [1.0], *undo),
         "route": lambda: route.route(logits.to(dtype), None, 8, 0, True, 1.0, 1, 1, 0, 0),
         "route of groups": lambda: route.route(
             torch.zeros(16, 256, dtype=dtype), torch.zeros(256), 8, route.SIGMOID, True, 2.5, 8, 4, route.TOP2_SUM, 0
@@ -176,7 +191,8 @@ def _expert_ffn(num_tokens: int, dtype: torch.dtype, save: bool = True, backward
 TRITON_THREADS = {
     ("expert_ffn", "_gate_up_kernel"): 256, ("expert_ffn", "_grouped_gemm_kernel"): 256,
     ("expert_ffn saving", "_gate_up_kernel"): 256, ("expert_ffn_bwd", "_grad_act_kernel"): 256,
-    ("expert_ffn_bwd", "_weight_grad_kernel"): 256,
+    ("expert_ffn_bwd", "_weight_grad_kernel"): 256, ("apply_ternary_undoable", "_count_kernel"): 256,
+    ("apply_ternary_undoable", "_apply_undoable_kernel"): 512, ("unapply_ternary", "_unapply_kernel"): 512,
 }  # fmt: skip
 #: bytes that a thread may keep in memory after the loop: gate, up and what is made of them are more than 255 registers
 TRITON_SPILLS = {"expert_ffn saving": 96, "expert_ffn_bwd": 16}

@@ -13,6 +13,7 @@ from torch import Tensor
 
 GROUP = 64  # elements that share the two words of a plane
 BLOCK_GROUPS = 64  # of a block of the undo
+BLOCK_WARPS = 16  # with 4, 255 registers a thread and spills
 APPLY_GROUPS = 16  # of one program of apply_ternary: 8 weights a thread
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -220,16 +221,15 @@ def apply_ternary_undoable(weight: Tensor, deltas: list[Tensor], values: list[fl
     if num_blocks == 0 or not deltas:
         return offsets, offsets.new_empty((2, 0)), weight.new_empty(0), kept_offsets
     (planes, values_, *sizes), kinds = _vectors(weight, deltas, values)
-    block = dict(GROUPS=BLOCK_GROUPS, GROUP=GROUP)
     with torch.cuda.device_of(weight):
-        _count_kernel[(num_blocks,)](planes, offsets[1:], *sizes, **block)
+        _count_kernel[(num_blocks,)](planes, offsets[1:], *sizes, GROUPS=BLOCK_GROUPS, GROUP=GROUP, num_warps=8)
         offsets = offsets.cumsum(0)
         num_words = int(offsets[-1])
         strings = offsets.new_zeros((2, num_words))
         scratch = _bits(weight).new_empty(64 * num_words)
         _apply_undoable_kernel[(num_blocks,)](
             _bits(weight), planes, values_, offsets, *_halves(strings), scratch, kept_offsets[1:], *sizes, **kinds,
-            **block,
+            GROUPS=BLOCK_GROUPS, GROUP=GROUP, num_warps=BLOCK_WARPS,
         )  # fmt: skip
         kept_offsets = kept_offsets.cumsum(0)
         kept = weight.new_empty(int(kept_offsets[-1]))
@@ -248,7 +248,7 @@ def unapply_ternary(
     with torch.cuda.device_of(weight):
         _unapply_kernel[(offsets.numel() - 1,)](
             _bits(weight), planes, values_, offsets, *_halves(strings), _bits(kept), kept_offsets, strings.shape[1],
-            kept.numel(), *sizes, **kinds, GROUPS=BLOCK_GROUPS, GROUP=GROUP,
+            kept.numel(), *sizes, **kinds, GROUPS=BLOCK_GROUPS, GROUP=GROUP, num_warps=BLOCK_WARPS,
         )  # fmt: skip
 
 
