@@ -6,7 +6,20 @@ from collections.abc import Callable
 
 import torch
 
-from moe_kernels import Activation, expert_ffn, grouped_gemm, permute, plan_dispatch, route, route_weights, unpermute
+from moe_kernels import (
+    Activation,
+    TernaryDelta,
+    apply_,
+    expert_ffn,
+    grouped_gemm,
+    permute,
+    plan_dispatch,
+    route,
+    route_weights,
+    unapply_,
+    unpermute,
+)
+from moe_kernels.ops.task_vector.reference import bits
 from moe_kernels.testing import random_routing
 from tests.ops.helpers import check, strided
 
@@ -36,6 +49,44 @@ def exercise_route(backend: str) -> None:
     assert torch.equal(ids, route(logits, **arguments, backend="reference")[0])
     check(lambda x, backend: route(x, **arguments, backend=backend)[1], [logits], backend)
     check(lambda x, backend: route_weights(x, ids, backend=backend), [logits], backend)
+
+
+def exercise_task_vector(backend: str) -> None:
+    # two blocks, the second ragged; the weights of one group in five are of random bits, and most of them are kept
+    size, coefficients = 4096 + 203, [1.0, -0.7]
+    signs = [torch.randn(size) * (torch.rand(size) < density) for density in (0.3, 0.7)]
+    deltas = [TernaryDelta.from_signs(sign, scale) for sign, scale in zip(signs, (1e-3, 3e-4), strict=True)]
+    for dtype in (torch.float32, torch.bfloat16):
+        anything = torch.randint(-(2**62), 2**62, (size,)).to(bits(torch.empty(0, dtype=dtype)).dtype).view(dtype)
+        before = torch.where(torch.arange(size) // 64 % 5 == 0, anything, (torch.randn(size) * 0.02).to(dtype))
+        expected, weight = before.clone(), before.clone()
+        apply_(expected, deltas, coefficients, backend="reference")
+        apply_(weight, deltas, coefficients, backend=backend)
+        assert torch.equal(bits(weight), bits(expected)), "apply_"
+        weight = before.clone()
+        undo = apply_(weight, deltas, coefficients, undo=True, backend=backend)
+        assert torch.equal(bits(weight), bits(expected)), "apply_ with undo"
+        # what the CPU keeps
+        planes, values = [delta.planes for delta in deltas], list(undo.values)
+        parts = torch.ops.moe_kernels.apply_ternary_undoable(before.clone(), planes, values)
+        for i, (part, of_cpu) in enumerate(zip(undo.parts, parts, strict=True)):
+            part, of_cpu = (bits(x) if x.is_floating_point() else x for x in (part, of_cpu))
+            assert torch.equal(part, of_cpu), f"the undo's tensor {i}"
+        unapply_(weight, undo, backend=backend)
+        assert torch.equal(bits(weight), bits(before)), "unapply_"
+
+
+def exercise_many_blocks(backend: str) -> None:
+    """More blocks than the CUDA scan takes at once; nearly all of them are empty, which costs nothing."""
+    size = 4096 * 4097
+    planes = torch.zeros(size // 64, 2, dtype=torch.int64)
+    planes[::9973, 0] = -1
+    delta, weight = TernaryDelta(planes, (size,), 1e-3), torch.full((size,), 0.02).bfloat16()
+    expected = weight.clone()
+    apply_(expected, delta, backend="reference")
+    undo = apply_(weight, delta, undo=True, backend=backend)
+    assert torch.equal(weight, expected), "apply_"
+    assert undo.parts[0][-1] == undo.parts[1].shape[1] == len(planes[::9973])
 
 
 def exercise_grouped_gemm(backend: str) -> None:
@@ -69,6 +120,8 @@ EXERCISES: dict[str, Callable[[str], None]] = {
     "two tiles": lambda backend: exercise_plan(backend, 600, 1100, 4),
     "permute": exercise_permute,
     "route": exercise_route,
+    "task_vector": exercise_task_vector,
+    "task vector of many blocks": exercise_many_blocks,
 }
 
 

@@ -34,6 +34,20 @@ MUTANTS = [
      r"ld.global.nc.u32 \1, [\2+4]", "numbers|out of bounds"),
     ("route", "route_kernelIfLi2", "no warp barrier", r"bar\.warp\.sync[^;]*;", "", "race"),
     ("route", "route_kernelIfLi2", "a maximum of some lanes", r"shfl\.sync\.bfly", "shfl.sync.idx", "numbers"),
+    ("task_vector", "apply_ternary_kernelINS_4bf16", "results cut off", r"cvt\.rn\.bf16\.f32", "cvt.rz.bf16.f32", "numbers"),
+    ("task_vector", "apply_ternary_kernelIfE", "no signs", r"neg\.f32", "mov.f32", "numbers"),
+    ("task_vector", "apply_ternary_kernelIfE", "the planes of the next group", r"(ld\.global\.v2\.u64 [^;]*\[%rd\d+)\]",
+     r"\1+16]", "numbers|out of bounds"),
+    ("task_vector", "count_touched_kernelIfE", "a sum of some lanes", r"shfl\.sync\.bfly", "shfl.sync.idx", "numbers|out of"),
+    ("task_vector", "apply_undoable_kernelIfE", "no barrier", r"bar\.sync\s+0;", "", "race"),
+    ("task_vector", "apply_undoable_kernelIfE", "no warp barrier", r"bar\.warp\.sync[^;]*;", "", "race"),
+    ("task_vector", "apply_undoable_kernelIfE", "a scan from above", r"shfl\.sync\.up", "shfl.sync.down", "numbers|out of"),
+    ("task_vector", "apply_undoable_kernelIfE", "bits that replace their neighbours", r"atom\.shared\.or", "atom.shared.exch",
+     "numbers"),
+    ("task_vector", "unapply_ternary_kernelIfE", "no barrier", r"bar\.sync\s+0;", "", "race"),
+    ("task_vector", "unapply_ternary_kernelIfE", "no warp barrier", r"bar\.warp\.sync[^;]*;", "", "race"),
+    ("task_vector", "collect_kept_kernelIfE", "the next value", r"(ld\.global\.nc\.f32 %f\d+, \[%rd\d+)\]", r"\1+4]",
+     "numbers|uninit|out of"),
 ]  # fmt: skip
 
 
@@ -66,7 +80,8 @@ def test_mutant_is_caught(monkeypatch, name, kernel, what, pattern, into, report
     "kernel, exercises",
     [("plan_scatter_kernelILb1", ["one tile", "two passes"]), ("plan_scatter_kernelILb0", ["two tiles"]),
      ("plan_count_kernel", ["two tiles"]), ("plan_scan_kernel", ["two tiles"]),
-     ("unpermute_bwd_kernelIfLi4", ["permute"])],
+     ("unpermute_bwd_kernelIfLi4", ["permute"]), ("apply_undoable_kernelIfE", ["task_vector"]),
+     ("unapply_ternary_kernelIfE", ["task_vector"]), ("scan_counts_kernel", ["task vector of many blocks"])],
 )  # fmt: skip
 def test_no_barrier_can_go(monkeypatch, kernel, exercises):
     """Each barrier of a block alone: a race must be reported, or the barrier is one too many."""

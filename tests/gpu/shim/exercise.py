@@ -96,6 +96,26 @@ def exercise_route(seed: int) -> None:
     assert route(ties, 3, backend="native")[0].tolist() == [[0, 1, 2]] * 5, "ties"
 
 
+def exercise_task_vector(seed: int) -> None:
+    import torch
+
+    from moe_kernels import apply_
+    from tests.gpu.exercises import exercise_many_blocks, exercise_task_vector
+    from tests.gpu.shim import library
+    from tests.ops.test_task_vector import same_bits, ternary, weights
+
+    exercise_task_vector("native")
+    for dtype in (torch.float16, torch.float64):
+        for size in (1, 65, 4097):
+            weight, delta = weights(size, dtype), ternary(size, 0.5)
+            expected = weight.clone()
+            apply_(expected, delta, backend="reference")
+            apply_(weight, delta, backend="native")
+            assert same_bits(weight, expected), "apply_"
+    if library.flavour() != "tsan":  # two million threads
+        exercise_many_blocks("native")
+
+
 def main() -> None:
     import pytest
     import torch
@@ -112,6 +132,7 @@ def main() -> None:
             torch.manual_seed(seed)
             exercise_permute(seed)
             exercise_route(seed)
+            exercise_task_vector(seed)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from tests.gpu.shim.exercise import run
 pytestmark = pytest.mark.skipif(library.missing_reason() is not None, reason=str(library.missing_reason()))
 
 PLAN, PERMUTE, ROUTE = "plan_dispatch_cuda.cu", "permute_cuda.cu", "route_cuda.cu"
+TASK_VECTOR = "task_vector_cuda.cu"
 
 #: source, what is taken out, what comes in, the build that must see it
 MUTANTS = {
@@ -51,7 +52,37 @@ MUTANTS = {
     "route: groups read before they are chosen": (
         ROUTE, "  __syncwarp();\n#pragma unroll", "#pragma unroll", "tsan",
     ),
+    "undo: no barrier after the sums": (
+        TASK_VECTOR, "  }\n  __syncthreads();\n  if (thread < kWarpSize) scan_groups(counts, starts);\n  __syncthreads();\n  int",
+        "  }\n  if (thread < kWarpSize) scan_groups(counts, starts);\n  __syncthreads();\n  int", "plain",
+    ),
+    "undo: no barrier before the strings are read": (
+        TASK_VECTOR, "  }\n  __syncthreads();\n  if (thread < kWarpSize) strings", "  }\n  if (thread < kWarpSize) strings", "tsan",
+    ),
+    "undo: no barrier before the kept": (
+        TASK_VECTOR, "  }\n  __syncthreads();\n#pragma unroll\n  for (int v = 0; v < kVecs; ++v) {\n    uint32_t kept",
+        "  }\n#pragma unroll\n  for (int v = 0; v < kVecs; ++v) {\n    uint32_t kept", "tsan",
+    ),
+    "undo: counts read before the warp wrote them": (
+        TASK_VECTOR, "    __syncwarp();\n    scan_groups", "    scan_groups", "tsan",
+    ),
+    "undo: bits written without an atomic": (
+        TASK_VECTOR, "atomicOr(string + word, bits << shift)", "string[word] |= bits << shift", "tsan",
+    ),
     # masks and bounds
+    "apply: no bound on weights": (TASK_VECTOR, "if (at >= weight.numel) return;", "", "asan"),
+    "apply: the last vector whole": (
+        TASK_VECTOR, "if (weight.aligned && at + kVecElements<T> <= weight.numel) return *", "if (weight.aligned) return *",
+        "asan",
+    ),
+    "apply: NaN changed": (TASK_VECTOR, "if ((touched >> e & 1) && x == x) w", "if (touched >> e & 1) w", "plain"),
+    "undo: NaN changed": (TASK_VECTOR, "if (!(touched >> e & 1) || x != x) continue;\n          w", "if (!(touched >> e & 1)) continue;\n          w", "plain"),
+    "undo: scratch of half its size": (TASK_VECTOR, "{64 * num_words}", "{8 * num_words}", "asan"),
+    "undo: bits that go on in the next word": (
+        TASK_VECTOR, "if (shift != 0 && bits >> (32 - shift) != 0) atomicOr", "if (false) atomicOr", "plain",
+    ),
+    "undo: the sum of one round alone": (TASK_VECTOR, "int64_t before = base;", "int64_t before = 0;", "plain"),
+    "unapply: one lost": (TASK_VECTOR, "? bits_t<T>{0} - 1 : bits_t<T>{1}", "? bits_t<T>{0} : bits_t<T>{1}", "plain"),
     "route: no bound on tokens": (ROUTE, "if (token >= logits.num_tokens) return;", "", "asan"),
     "route: lanes past the last expert": (
         ROUTE, "e < logits.num_experts ? logits.load(token, e) : -kInfinity<Acc>", "logits.load(token, e)", "asan",
