@@ -87,6 +87,7 @@ from moe_kernels.ops.task_vector import (  # noqa: E402
     decompress,
     unapply_,
 )
+from moe_kernels.ops.ternary_linear import ternary_linear  # noqa: E402
 
 __all__ = [
     "Activation",
@@ -141,6 +142,7 @@ __all__ = [
     "route_weights",
     "routed_lora",
     "sgmv",
+    "ternary_linear",
     "tune_experts",
     "unapply_",
     "unpermute",
