@@ -26,6 +26,7 @@ from moe_kernels.nn.routed_lora_linear import (
 )
 from moe_kernels.nn.split import split_dense
 from moe_kernels.nn.statistics import ModuleStatistics
+from moe_kernels.nn.task_vector_linear import TaskVectorLinear
 from moe_kernels.nn.upcycle import upcycle
 from moe_kernels.nn.x_lora import XLoRA, XLoRAClassifier
 
@@ -53,6 +54,7 @@ __all__ = [
     "QuantizedExperts",
     "Routed",
     "RoutedLoRALinear",
+    "TaskVectorLinear",
     "XLoRA",
     "XLoRAClassifier",
     "merge_experts",
