@@ -77,7 +77,9 @@ _AUTO |= {device_type: _auto("", device_type) for device_type in AUTO_ORDER}
 
 def autocast_enabled(device_type: str) -> bool:
     """Whether ``torch.autocast`` is on for this type of device (never for types without autocast, such as meta)."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    if device_type not in ("cpu", "cuda") and not torch.amp.is_autocast_available(device_type):  # 2.11 cannot trace it
+        return False
+    return torch.is_autocast_enabled(device_type)
 
 
 def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:

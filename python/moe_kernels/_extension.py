@@ -46,9 +46,13 @@ def cuda_missing_reason() -> str | None:
     return _cuda_missing_reason
 
 
+# looked for once: PyTorch 2.11 does not trace find_spec
+_triton_missing_reason = None if find_spec("triton") else "triton is not installed"
+
+
 def triton_missing_reason() -> str | None:
     """Why Triton kernels cannot be used, or None when they can. Triton itself is imported by the first kernel."""
-    return None if find_spec("triton") else "triton is not installed"
+    return _triton_missing_reason
 
 
 def build_info() -> dict[str, str]:

@@ -14,7 +14,7 @@
 //   count     0.25   bits of each block, then their running sums
 //   apply     4.25   reads and writes the weights; the strings, 2 bits a touched one; kept values go to the block's part
 //                    of a scratch of one value for each bit of a string
-//   collect   0      kept values are few: 3% of bfloat16 weights of size 0.02 at 1e-3
+//   collect   0      but for the kept values, which are few where the vectors are small beside the weights
 // Counting the kept in a pass over the weights beforehand would need neither the scratch nor the second wait, but 6.5
 // bytes in place of 4.5.
 #include <tuple>

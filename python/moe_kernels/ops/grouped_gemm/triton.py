@@ -281,8 +281,9 @@ def dot_precision() -> str:
 
 def chunk_of(dtype: torch.dtype) -> int:
     """Products summed by themselves before they join the rest: one chain of float32 sums over thousands of products
-    errs more than PyTorch's own, which are split. A product of 16-bit numbers has errors of its own that drown it."""
-    return 0 if dtype in (torch.bfloat16, torch.float16) else 256
+    errs more than PyTorch's own, which are split. A product of 16-bit numbers has errors of its own that drown it, and
+    float64 has digits to spare (nor does Triton 3.6 compile its weight gradient in chunks rightly for an H200)."""
+    return 256 if dtype == torch.float32 else 0
 
 
 def block_experts(num_experts: int) -> int:

@@ -74,7 +74,9 @@ def _apply_kernel(
     GROUP: tl.constexpr,
 ):
     groups = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
-    sums, touched, elements = _sum_deltas(planes_ptr, values_ptr, num_deltas, num_groups, numel, groups, ACC, GROUPS, GROUP)
+    sums, touched, elements = _sum_deltas(
+        planes_ptr, values_ptr, num_deltas, num_groups, numel, groups, ACC, GROUPS, GROUP
+    )
     old = tl.load(weight_ptr + elements, mask=elements < numel, other=0)
     x = old.to(DTYPE, bitcast=True).to(ACC)
     new = (x + sums).to(DTYPE).to(old.dtype, bitcast=True)
@@ -128,7 +130,9 @@ def _apply_undoable_kernel(
 ):
     block = tl.program_id(0).to(tl.int64)
     groups = block * GROUPS + tl.arange(0, GROUPS)
-    sums, touched, elements = _sum_deltas(planes_ptr, values_ptr, num_deltas, num_groups, numel, groups, ACC, GROUPS, GROUP)
+    sums, touched, elements = _sum_deltas(
+        planes_ptr, values_ptr, num_deltas, num_groups, numel, groups, ACC, GROUPS, GROUP
+    )
     old = tl.load(weight_ptr + elements, mask=elements < numel, other=0)
     x = old.to(DTYPE, bitcast=True).to(ACC)
     changes = (touched != 0) & (x == x)
@@ -190,7 +194,9 @@ def _unapply_kernel(
     """Of an undo of other vectors, what lies outside the tensors counts as zero."""
     block = tl.program_id(0).to(tl.int64)
     groups = block * GROUPS + tl.arange(0, GROUPS)
-    sums, touched, elements = _sum_deltas(planes_ptr, values_ptr, num_deltas, num_groups, numel, groups, ACC, GROUPS, GROUP)
+    sums, touched, elements = _sum_deltas(
+        planes_ptr, values_ptr, num_deltas, num_groups, numel, groups, ACC, GROUPS, GROUP
+    )
     places = _places(touched)
     at = 2 * tl.load(offsets_ptr + block) + places // 32
     known = (touched != 0) & (at >= 0) & (at < 2 * num_words)

@@ -5,7 +5,8 @@ from torch import Tensor
 
 torch.library.define(
     "moe_kernels::ternary_linear",
-    "(Tensor x, Tensor weight, Tensor[] deltas, float[] values, Tensor? delta_ids, Tensor? delta_weights, Tensor? bias) "
+    "(Tensor x, Tensor weight, Tensor[] deltas, float[] values, Tensor? delta_ids, Tensor? delta_weights, "
+    "Tensor? bias) "
     "-> Tensor",
 )
 torch.library.define(
