@@ -40,15 +40,16 @@ def ternary_linear(
     ``W + aT`` is never made: tokens of one batch may use different fine-tunes of one weight, and several each, while
     the weight is in memory once and a fine-tune costs two bits a parameter. The CPU's kernels read the rows of W and
     of each delta once for a block of tokens; sums run in float32 (float64 for float64) and are rounded once: the
-    product with W, then the deltas in the order of ``deltas``, then the bias. A token's result has the same bits whatever tokens stand
-    beside it and however many threads run.
+    product with W, then the deltas in the order of ``deltas``, then the bias. A token's result has the same bits
+    whatever tokens stand beside it and however many threads run.
 
     Args:
         x: [..., in_features], float32, bfloat16, float16 or float64.
         weight: [out_features, in_features], dtype of ``x``, any strides.
         deltas: of the weight's shape, on its device. They are constants.
         delta_ids: [num_tokens, K] or [num_tokens], int32 or int64, with num_tokens the product of the leading
-            dimensions of ``x``. -1, and all else outside of [0, len(deltas)), is no delta. None: every token uses every delta.
+            dimensions of ``x``. -1, and all else outside of [0, len(deltas)), is no delta. None: every token uses every
+            delta.
         delta_weights: like ``delta_ids``, or without ids [num_tokens, len(deltas)]; any float dtype; None: each 1.
         bias: [out_features], dtype of ``x``.
         coefficients: one number for each delta, or one for all; they multiply ``delta.scale``.
