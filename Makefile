@@ -76,7 +76,8 @@ test-emulated: $(VENV_CPU)/installed
 	for isa in avx512 avx512_bf16; do \
 	  PYTHONPATH=$(VENV_CPU)/emulated MOE_KERNELS_CPU_ISA=$$isa $(VENV_CPU)/bin/python $(PYTEST) \
 	    tests/ops/test_grouped_gemm.py tests/ops/test_expert_ffn.py tests/ops/test_quantize.py tests/ops/test_route*.py \
-	    tests/ops/test_logit*.py tests/ops/test_tilt.py \
+	    tests/ops/test_logit*.py tests/ops/test_tilt.py tests/ops/test_task_vector*.py tests/ops/test_ternary_linear.py \
+	    tests/ops/test_merge.py \
 	    -k "not compile and not export" || exit 1; \
 	done
 

@@ -17,8 +17,8 @@ namespace moe::MOE_ISA {
 constexpr int kTernaryTileM = 4;
 constexpr int kTernaryTileN = 2;
 constexpr int kTernaryAlone = 4;  // rows that one row of x takes at once
-// a lane adds 128 elements of float in any kernel set
-constexpr int64_t kTernaryChunk = 128 * kLanes<float>;
+// 2048 elements of AVX-512's sums, and 128 of shorter vectors, whose lanes would add more and err more
+constexpr int64_t kTernaryChunk = kLanes<float> == 16 ? 2048 : 128;
 
 // The two words of 64 elements, of which n exist.
 struct TernaryWords {

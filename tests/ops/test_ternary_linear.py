@@ -27,7 +27,7 @@ def pairs(num_tokens: int, num_deltas: int, top_k: int, generator=None):
 
 
 # (tokens, in, out): decode and a few more; rows that begin at a group and at any bit; past a chunk; past a task's rows
-SIZES = [(1, 1, 1), (3, 5, 7), (1, 64, 33), (5, 63, 65), (4, 65, 17), (7, 200, 130), (2, 2113, 9), (130, 96, 40)]
+SIZES = [(3, 5, 7), (1, 64, 33), (5, 63, 65), (4, 65, 17), (7, 200, 130), (2, 2113, 9), (130, 96, 40)]
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -48,6 +48,16 @@ def test_ids_and_weights(backend, dtype, sizes, top_k):
         return ternary_linear(x, w, deltas, ids, a, bias=bias, coefficients=[1.0, -0.5, 2.0], backend=backend)
 
     check(op, tensors, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_number(backend, dtype):
+    """Exactly: of a single result there is no larger one whose rounding error it may have."""
+    delta = TernaryDelta.from_signs(torch.ones(1, 1), 0.5)
+    x, weight, bias = (torch.tensor([[value]], dtype=dtype) for value in (3.0, 2.0, 1.0))
+    out = ternary_linear(x, weight, [delta, -delta], torch.tensor([[0, 1, 0]]), torch.tensor([[1.0, 2.0, 4.0]]),
+                         bias=bias[0], backend=backend)  # fmt: skip
+    assert out.tolist() == [[3 * (2 + 0.5 - 1 + 2) + 1]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -231,7 +231,8 @@ Tensor ternary_linear_weights_grad_cpu(const Tensor& grad_in, const Tensor& x_in
     Acc* out = mutable_data<Acc>(result);
     fill_zero(out, num_tokens * top_k);
     const int64_t num_blocks = (out_features + kGradRows - 1) / kGradRows;
-    std::vector<Acc> partial(static_cast<size_t>(num_blocks * num_tokens * top_k));
+    // in double: a weight's gradient is a small difference of large sums
+    std::vector<double> partial(static_cast<size_t>(num_blocks * num_tokens * top_k));
     constexpr int64_t kTokens = 64;
     const int64_t token_blocks = (num_tokens + kTokens - 1) / kTokens;
     parallel_tasks(num_blocks * token_blocks, [&](int64_t task) {
@@ -246,15 +247,17 @@ Tensor ternary_linear_weights_grad_cpu(const Tensor& grad_in, const Tensor& x_in
         Acc g[kGradRows];
         for (size_t i = 0; i < here.size(); ++i) {
           microkernels<T>().load_row(data<T>(grad) + here[i].token * grad.stride(0) + row, g, n);
-          partial[block * num_tokens * top_k + here[i].pair] = microkernels<Acc>().inner_product(g, products[i], n);
+          double sum = 0;
+          for (int64_t j = 0; j < n; ++j) sum += static_cast<double>(g[j]) * static_cast<double>(products[i][j]);
+          partial[block * num_tokens * top_k + here[i].pair] = sum;
         }
       }
     });
     for (size_t e = 0; e < uses.planes.size(); ++e)
       for (const Use<Acc>& use : uses.uses[e]) {
-        Acc sum = 0;
+        double sum = 0;
         for (int64_t block = 0; block < num_blocks; ++block) sum += partial[block * num_tokens * top_k + use.pair];
-        out[use.pair] = sum * use.weight;  // the delta's value: no weights were given
+        out[use.pair] = static_cast<Acc>(sum * static_cast<double>(use.weight));  // the delta's value: no weights were given
       }
   });
   return result;

@@ -115,7 +115,7 @@ def _check_deltas(op: str, weight: Tensor, deltas, coefficients) -> tuple[list[T
     if len(given) != len(deltas):
         raise value_error(op, "coefficients", f"one number or {len(deltas)}, one a delta", f"{len(given)}")
     values = [one * delta.scale for one, delta in zip(given, deltas, strict=True)]
-    if not all(math.isfinite(value) for value in values):
+    if not all(abs(value) < math.inf for value in values):  # math.isfinite is not traced
         raise value_error(op, "coefficients", "finite, times the scales too", given)
     return deltas, values
 
