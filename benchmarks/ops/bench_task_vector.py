@@ -1,6 +1,6 @@
-"""Task vectors of one weight: compressed, added and taken back, beside torch's ways and a copy of as many bytes.
+"""Task vectors of one weight: compressed, added, taken back, merged, beside other ways and a copy of as many bytes.
 
-``--tokens`` is the number of task vectors that are added at once. Peers: ComPEFT's recipe (its repository writes dense
+``--tokens`` is the number of task vectors that are added or merged at once. Peers: ComPEFT's recipe (its repository writes dense
 tensors back and packs nothing), a dense int8 vector, index_add of positions, and a sparse CSR tensor.
 """
 
@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness import MEMCPY, Candidate, Cell, Cells, Check, Context
-from moe_kernels import PackedDelta, TernaryDelta, apply_, compress, decompress, unapply_
+from benchmarks.providers.base import installed_version, module_missing
+from moe_kernels import PackedDelta, TernaryDelta, apply_, compress, decompress, merge, unapply_
 
-SUMMARY = "compress, apply_ and unapply_ of ternary task vectors; --tokens: how many are added at once"
+SUMMARY = "compress, apply_, unapply_, TIES of task vectors; --tokens: how many are added or merged at once"
 DEFAULTS = dict(shapes=["16M"], dtypes=["bf16", "fp32"], tokens=[1, 8])
 PROVIDER_NAMES = [
-    "ours", "ours_packed", "compeft", "torch_int8", "torch_index_add", "torch_csr", MEMCPY,
+    "ours", "ours_packed", "compeft", "torch_int8", "torch_index_add", "torch_csr", "peft", MEMCPY,
 ]  # fmt: skip
 
 _SHAPES = {"16M": (4096, 4096), "toy": (64, 80)}
@@ -35,6 +36,8 @@ def cells(context: Context) -> Cells:
             weight = (torch.randn(_SHAPES[shape_name], generator=generator) * 0.02).to(dtype)
             if dtype == context.dtypes[0]:
                 yield _compress_cell(context, shape_name, dtype, dense[0])
+                if most > 1:
+                    yield _ties_cell(context, shape_name, [_COEFFICIENT * delta for delta in dense])
             for count in context.tokens:
                 yield _apply_cell(context, shape_name, weight, packed[:count])
                 yield _undo_cell(context, shape_name, weight, packed[:count])
@@ -139,3 +142,29 @@ def _undo_cell(context: Context, shape: str, weight: Tensor, packed: list[Packed
         context, "apply_and_undo", shape, weight.dtype, len(packed), moved,
         Candidate("ours", there_and_back, lambda: _same(there_and_back(0), weight), True, "native"),
     )  # fmt: skip
+
+
+def _ties_cell(context: Context, shape: str, deltas: list[Tensor]) -> Cell:
+    """TIES as PEFT means it, of float32 weights at 20 %; thresholds, election and mean, from and to whole weights."""
+    base = torch.randn(deltas[0].shape, generator=torch.Generator().manual_seed(1)) * 0.02
+    experts = [base + delta for delta in deltas]
+    weights = [1.0] * len(experts)
+
+    def ours(i: int, backend: str = "auto") -> Tensor:
+        return merge(base, experts, method="ties", semantics="peft", density=0.2, backend=backend)
+
+    def checked() -> Check:
+        few = [expert.view(-1)[: 1 << 16].clone() for expert in (base, *experts)]
+        options = dict(method="ties", semantics="peft", density=0.2)
+        return _same(merge(few[0], few[1:], **options), merge(few[0], few[1:], **options, backend="reference"))
+
+    candidates = [Candidate("ours", ours, checked, True, "native")]
+    if not module_missing("peft", "peft"):
+        from peft.utils.merge_utils import ties
+
+        def peft(i: int) -> Tensor:
+            return base + ties([expert - base for expert in experts], torch.tensor(weights), 0.2)
+
+        candidates.append(Candidate("peft", peft, version=installed_version("peft")))
+    moved = (len(experts) + 2) * base.numel() * base.element_size()
+    return _cell(context, "ties", shape, torch.float32, len(experts), moved, *candidates)
