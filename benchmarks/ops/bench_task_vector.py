@@ -1,7 +1,7 @@
 """Task vectors of one weight: compressed, added, taken back, merged, beside other ways and a copy of as many bytes.
 
 ``--tokens`` is the number of task vectors that are added or merged at once. Peers: ComPEFT's recipe (its repository
-writes dense tensors back and packs nothing), a dense int8 vector, index_add of positions, a sparse CSR tensor, and PEFT.
+writes dense tensors back and packs nothing), a dense int8 vector, index_add of positions, a sparse CSR tensor, PEFT.
 """
 
 from collections.abc import Callable
