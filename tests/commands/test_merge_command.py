@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from moe_kernels import merge
 from moe_kernels.integrations.safetensors import Checkpoint, writer
-from tests.commands.test_task_vectors import refused, run, save_sharded, state, tuned
+from tests.commands.test_compress_command import refused, run, save_sharded, state, tuned
 
 
 @pytest.fixture
