@@ -60,9 +60,9 @@ def apply_(
         weight: any shape, float32, bfloat16, float16 or float64. It may require gradients: it is changed as by an
             optimiser, outside of autograd. Weights that are not contiguous go through a contiguous copy.
         deltas: task vectors of the weight's shape, on its device. Packed ones are decoded on the way, a block of 4096
-            elements at a time on the CPU; elsewhere their planes are made first.
+            elements at a time on the CPU; elsewhere their planes are made first. The CUDA kernels take up to 64.
         coefficients: one for each, or one for all (ComPEFT's alpha, task arithmetic's lambda); may be negative.
-        undo: whether to keep what :func:`unapply_` needs.
+        undo: whether to keep what :func:`unapply_` needs. On CUDA the host then waits for the device twice, for sizes.
         backend: see :mod:`moe_kernels`.
 
     Returns:
