@@ -97,13 +97,11 @@ MOE_INLINE void kept_differences(const T* base, const T* expert, int64_t first, 
 // Elements whose sum is zero although a term is not.
 template <class Acc>
 MOE_INLINE int64_t count_undecided(const Acc* sum, const Acc* deltas, int64_t n, int64_t num_sources) {
+  Acc any[kMergeBlock] = {};  // not zero where a term is not
+  for (int64_t k = 0; k < num_sources; ++k)
+    for (int64_t i = 0; i < n; ++i) any[i] = deltas[k * kMergeBlock + i] != 0 ? Acc(1) : any[i];
   int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (sum[i] != 0) continue;
-    bool any = false;
-    for (int64_t k = 0; k < num_sources; ++k) any |= deltas[k * kMergeBlock + i] != 0;
-    count += any;
-  }
+  for (int64_t i = 0; i < n; ++i) count += (sum[i] == 0) & (any[i] != 0);
   return count;
 }
 

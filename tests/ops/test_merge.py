@@ -299,6 +299,20 @@ def test_denormals_and_nan(backend):
         merge({"w": base}, [{"w": expert}], density=0.5, backend=backend)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "method, semantics",
+    [("dare_linear", "mergekit"), ("dare_ties", "mergekit"), ("della", "mergekit"), ("sce", "mergekit"),
+     ("model_stock", "official"), ("slerp", "official")],
+)  # fmt: skip
+def test_one_nan_does_not_decide_over_a_tensor(backend, method, semantics, bad):
+    """Of a sum it would make the whole tensor NaN, or a cosine of 1."""
+    base, experts = models(500)
+    experts[0][123] = bad
+    with pytest.raises(ValueError, match="merge: w must be finite, got NaN or an infinity"):
+        call({"w": base}, [{"w": expert} for expert in experts], method, semantics, backend=backend)
+
+
 @pytest.mark.parametrize("size", [3_000_000])
 def test_thresholds_of_large_tensors_are_exact(backend, threads, size):
     """Guessed from a sample, also where the sample tells nothing."""

@@ -87,7 +87,8 @@ def merge(
 
     Raises:
         ValueError: names or shapes that differ, a method that the semantics do not have, NaN or infinities where
-            entries are chosen by magnitude; the message names the tensor.
+            entries are chosen by magnitude or a sum decides over the tensor (mergekit's DARE, sce, model_stock, slerp);
+            the message names the tensor. Elsewhere they pass through; a random mask may drop them.
     """
     given = dict(method=method, semantics=semantics, weights=weights, density=density, lambda_=lambda_)
     given |= dict(normalize=normalize, gamma=gamma, epsilon=epsilon, select_topk=select_topk, t=t, seed=seed)

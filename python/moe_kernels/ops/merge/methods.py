@@ -181,9 +181,9 @@ def merge_one(
     kernels = _kernels(op, settings, experts[0])
     if settings.method == "slerp":
         pair = experts if len(experts) == 2 else [base, *experts]
-        return kernels.merge(None, pair, _slerp(settings, pair))[0]
+        return kernels.merge(None, pair, _slerp(op, settings, name, pair))[0]
     if settings.method == "model_stock":
-        return kernels.merge(base, experts, _model_stock(settings, base, experts))[0]
+        return kernels.merge(base, experts, _model_stock(op, settings, name, base, experts))[0]
     method = METHODS[settings.method]
     by_rows = method.keeps == "rows" or (method.keeps == "window" and settings.semantics == "official")
     if by_rows or settings.method == "sce":
@@ -259,6 +259,7 @@ def _recipe(
             source.keep_below, source.key = round(density * ALL), random_key(settings.seed, name, number)
         if semantics == "mergekit":
             sums = _kernels(op, settings, experts[0]).kept_magnitudes(base, experts, Recipe(sources)).tolist()
+            _check_finite(op, name, [whole_sum for whole_sum, _ in sums])
             for source, (whole_sum, kept) in zip(sources, sums, strict=True):
                 source.rescale = kept / whole_sum if whole_sum and kept else 1.0
         elif sources[0].keep_below > 0:  # else nothing is kept, and 0 / 0 is not to be asked for
@@ -354,7 +355,7 @@ def _sce(settings: Settings, deltas: list[Tensor]) -> Recipe:
     return Recipe(sources, election="sum_not_negative", divisor="weights")
 
 
-def _model_stock(settings: Settings, base: Tensor, experts: list[Tensor]) -> Recipe:
+def _model_stock(op: str, settings: Settings, name: str, base: Tensor, experts: list[Tensor]) -> Recipe:
     """``base + ratio * mean(t)``, ``ratio = N cos / (1 + (N - 1) cos)`` with the mean cosine between task vectors.
 
     A task vector of zero has the angle of none: its cosines are 0. mergekit takes the product of two norms for at least
@@ -365,6 +366,7 @@ def _model_stock(settings: Settings, base: Tensor, experts: list[Tensor]) -> Rec
     for part in _parts(base.numel()):
         t = torch.stack([(expert.view(-1)[part].double() - base.view(-1)[part].double()) for expert in experts])
         inner += (t @ t.T).cpu()
+    _check_finite(op, name, inner.diagonal().tolist())
     norms = inner.diagonal().sqrt()
     cosines = []
     for i in range(count):
@@ -378,13 +380,14 @@ def _model_stock(settings: Settings, base: Tensor, experts: list[Tensor]) -> Rec
     return Recipe(sources, divisor="constant", constant=float(count), lambda_=ratio * settings.lambda_)
 
 
-def _slerp(settings: Settings, experts: list[Tensor]) -> Recipe:
+def _slerp(op: str, settings: Settings, name: str, experts: list[Tensor]) -> Recipe:
     """``sin((1 - t) a) / sin(a) * first + sin(t a) / sin(a) * second`` with the angle a between them; nearly parallel
     ones (cosine beyond 0.9995) are interpolated along the straight line."""
     inner = torch.zeros(2, 2, dtype=torch.float64)
     for part in _parts(experts[0].numel()):
         x = torch.stack([expert.view(-1)[part].double() for expert in experts])
         inner += (x @ x.T).cpu()
+    _check_finite(op, name, inner.diagonal().tolist())
     product = math.sqrt(float(inner[0, 0])) * math.sqrt(float(inner[1, 1]))
     cosine = max(-1.0, min(1.0, float(inner[0, 1]) / product)) if product else 1.0
     t = settings.t
@@ -394,6 +397,12 @@ def _slerp(settings: Settings, experts: list[Tensor]) -> Recipe:
         angle = math.acos(cosine)
         first, second = math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)
     return Recipe([Source(after=first), Source(after=second)])
+
+
+def _check_finite(op: str, name: str, sums: list[float]) -> None:
+    """Where one number of a sum decides over a whole tensor, NaN and infinities are refused."""
+    if not all(map(math.isfinite, sums)):
+        raise value_error(op, name or "experts", "finite", "NaN or an infinity")
 
 
 def _parts(numel: int):
