@@ -121,8 +121,14 @@ def test_tied_parameters_change_once():
     for expert in ("once", "head"):
         switcher.switch(expert)
         assert torch.equal(tied.embed.weight, changed) and tied.head.weight is tied.embed.weight
+    # both at once, each by another name: one pass over the one parameter
+    switcher.switch({"once": 1.0, "head": 1.0})
+    twice = before.clone()
+    apply_(twice, [deltas["embed.weight"]] * 2)
+    assert torch.equal(tied.embed.weight, twice)
+    switcher.restore()
+    assert torch.equal(tied.embed.weight, before)
     with pytest.raises(ValueError, match="head.weight must be the task vector of embed.weight"):
-        switcher.restore()
         switcher.add("two", {**deltas, "head.weight": compress(torch.randn(20, 8), 0.5)})
 
 

@@ -44,6 +44,9 @@ class ExpertSwitcher:
 
     def __init__(self, model: nn.Module):
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
+        # a parameter that is tied goes by its first name, whichever name an expert has
+        firsts: dict[int, str] = {}
+        self._first_names = {name: firsts.setdefault(id(p), name) for name, p in self._parameters.items()}
         self._experts: dict[str, dict[str, Delta]] = {}
         self._undo: dict[str, Undo] = {}
         self._applied: Plan = {}
@@ -71,7 +74,8 @@ class ExpertSwitcher:
         Args:
             expert: its name.
             deltas: parameter's name -> task vector, or the bytes of a packed one as a safetensors file holds them.
-                They are moved to the parameter's device. Names that share one parameter need one of them.
+                They are moved to the parameter's device. Names that share one parameter need one of them; a
+                coefficient by name is then asked for the first of the names.
             any_base: take packed task vectors of another base (PortLLM, arXiv 2410.10870, carries them to an updated
                 one). Otherwise the parameters must be, bit for bit, those that the differences were taken from.
 
@@ -86,7 +90,7 @@ class ExpertSwitcher:
         unknown = sorted(set(deltas) - set(self._parameters))
         if unknown:
             raise value_error(op, "deltas", "of the model's parameters", f"others: {', '.join(unknown[:8])}")
-        taken: dict[int, tuple[str, Delta]] = {}
+        taken: dict[str, tuple[str, Delta]] = {}
         checked: dict[str, Delta] = {}
         for name, delta in deltas.items():
             parameter = self._parameters[name]
@@ -98,9 +102,9 @@ class ExpertSwitcher:
                 raise shape_error(op, name, str(list(delta.shape)), parameter, "the task vector is of another model")
             if isinstance(delta, PackedDelta) and not any_base and not delta.fits(parameter):
                 raise value_error(op, name, "of this base", "a task vector of another", "pass any_base=True to use it")
-            first = taken.setdefault(id(parameter), (name, delta))
+            first = taken.setdefault(self._first_names[name], (name, delta))
             if first[0] == name:
-                checked[name] = delta.to(parameter.device)
+                checked[self._first_names[name]] = delta.to(parameter.device)
             elif not _equal(first[1], delta):
                 raise value_error(op, name, f"the task vector of {first[0]}, which is the same parameter", "another")
         self._experts[expert] = checked

@@ -70,7 +70,7 @@ def merge(
     breadcrumbs  by rows of the last dimension       (none)                          by tensor
     ===========  ==================================  ==============================  ==============================
 
-    A density of 0 keeps nothing (the base), except mergekit's one entry of ties; random numbers depend on ``seed``, the
+    A density of 0 keeps nothing (the base), except official TIES' one entry; random numbers depend on ``seed``, the
     tensor's name, the expert and the position alone. Of equal magnitudes the first are the larger.
 
     Args:
@@ -127,7 +127,8 @@ def merge_tensors(
     Args:
         names: which tensors to give, in this order, asked for one by one; default all, sorted. What is of the whole
             model (official TIES' threshold and majority) is of all of them, whichever are given.
-        progress: is called with a tensor's name when a pass over it ends; official TIES has three before the last.
+        progress: is called with a tensor's name when a pass over it ends; official TIES has two before the last
+            of a model of several tensors, and one more where experts cancel out exactly.
     """
     op = "merge"
     choices = (density, lambda_, normalize, gamma, epsilon, select_topk, t, seed)

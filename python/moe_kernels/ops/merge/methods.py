@@ -26,7 +26,9 @@ class Method:
         keeps: how entries are chosen: "all", "magnitude", "random", "window" (breadcrumbs), "rows" (della).
         elects: whether signs are elected.
         semantics: those that have it.
-        needs_base, unweighted: unweighted: semantics in which experts have no weights.
+        needs_base: whether it is of differences from a base.
+        unweighted: semantics in which experts have no weights.
+        normalizes: whether sums are divided by the weights unless ``normalize`` says otherwise.
     """
 
     keeps: str = "all"
