@@ -37,7 +37,7 @@ PUBLIC_FILES = {
     "logit_fusion": {"presets", "tilt"},
     "route": {"capacity", "expert_choice", "forced", "logits", "losses", "random", "top_p", "two_level"},
     "routed_lora": {"serving"},
-    "task_vector": {"compress"},
+    "task_vector": {"compress", "patch"},
 }
 
 

@@ -69,6 +69,13 @@ MOE_INLINE Vec<Acc> add_ternary(Vec<Acc> sum, Vec<Acc> value, const uint64_t* pl
 #endif
 }
 
+// sum + the terms of the group's vector v where t is not zero; other lanes may hold anything
+template <class Acc>
+MOE_INLINE Vec<Acc> add_terms(Vec<Acc> sum, const Acc* terms, const uint64_t* planes, int v) {
+  const VecBits<Acc> nonzero = lanes_of<Acc>(planes[0] >> (v * kLanes<Acc>));
+  return sum + (Vec<Acc>)((VecBits<Acc>)load(terms + v * kLanes<Acc>) & nonzero);
+}
+
 template <class T>
 MOE_INLINE VecBits<acc_t<T>> load_bits(const T* p) {
   if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
@@ -140,8 +147,13 @@ MOE_INLINE uint64_t sum_group(const TernarySource<acc_t<T>>* sources, int64_t nu
   for (int64_t i = 0; i < num_sources; ++i) {
     const uint64_t* planes = sources[i].planes + 2 * group;
     if (planes[0] == 0) continue;
-    const Vec<Acc> value = broadcast(sources[i].value);
     touched |= planes[0];
+    if (sources[i].terms != nullptr) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectorsOfGroup<T>; ++v) sums[v] = add_terms<Acc>(sums[v], sources[i].terms + group * kTernaryGroup, planes, v);
+      continue;
+    }
+    const Vec<Acc> value = broadcast(sources[i].value);
 #pragma GCC unroll 16
     for (int v = 0; v < kVectorsOfGroup<T>; ++v) sums[v] = add_ternary<Acc>(sums[v], value, planes, v);
   }

@@ -56,51 +56,54 @@ MOE_INLINE int64_t decode_codes(const PackedBlock& block, int64_t count, const F
   return end > block.num_bits ? -1 : end;
 }
 
-// The signs of the elements that are not zero, one bit each from `bit` on. False where the stream is too short.
-MOE_INLINE bool decode_signs(const PackedBlock& block, int64_t bit, uint64_t* planes) {
-  if (bit + block.count > block.num_bits) return false;
+// The signs of the elements that are not zero, one bit each from `bit` on. The bit after them, -1 where the stream is too
+// short.
+MOE_INLINE int64_t decode_signs(const PackedBlock& block, int64_t bit, uint64_t* planes) {
+  if (bit + block.count > block.num_bits) return -1;
   for (int64_t g = 0; g < num_groups(block.size); ++g) {
     planes[2 * g + 1] = spread_bits(bits_at(block.bytes, bit), planes[2 * g]);
     bit += __builtin_popcountll(planes[2 * g]);
   }
-  return true;
+  return bit;
 }
 
-// All words of the block's planes. False where the block is not one: whatever its bytes are, nothing else is read.
-static bool decode_block(const PackedBlock& block, uint64_t* planes) {
+// All words of the block's planes. Returns the bit after the last one, -1 where the block is not one: whatever its bytes
+// are, nothing else is read.
+static int64_t decode_block(const PackedBlock& block, uint64_t* planes) {
   const int64_t groups = num_groups(block.size);
   std::memset(planes, 0, static_cast<size_t>(groups) * 2 * sizeof(uint64_t));
-  if (block.count < 0 || block.count > block.size || block.k < 0 || block.k > kLargestRice) return false;
+  if (block.count < 0 || block.count > block.size || block.k < 0 || block.k > kLargestRice) return -1;
   switch (block.mode) {
-    case PackedMode::empty: return block.count == 0;
+    case PackedMode::empty: return block.count == 0 ? 0 : -1;
     case PackedMode::rice:
-      return block.count > 0 && decode_codes<true>(block, block.count, [&](int64_t position, uint64_t sign) {
-               planes[position / 64 * 2] |= uint64_t{1} << (position % 64);
-               planes[position / 64 * 2 + 1] |= sign << (position % 64);
-             }) >= 0;
+      if (block.count == 0) return -1;
+      return decode_codes<true>(block, block.count, [&](int64_t position, uint64_t sign) {
+        planes[position / 64 * 2] |= uint64_t{1} << (position % 64);
+        planes[position / 64 * 2 + 1] |= sign << (position % 64);
+      });
     case PackedMode::bitmap: {
-      if (block.size + block.count > block.num_bits) return false;
+      if (block.size + block.count > block.num_bits) return -1;
       int64_t count = 0;
       for (int64_t g = 0; g < groups; ++g) {
         planes[2 * g] = bits_at(block.bytes, g * 64) & first_bits(block.size - g * 64);
         count += __builtin_popcountll(planes[2 * g]);
       }
-      return count == block.count && decode_signs(block, block.size, planes);
+      return count == block.count ? decode_signs(block, block.size, planes) : -1;
     }
     case PackedMode::all:
       for (int64_t g = 0; g < groups; ++g) planes[2 * g] = first_bits(block.size - g * 64);
-      return block.count == block.size && decode_signs(block, 0, planes);
+      return block.count == block.size ? decode_signs(block, 0, planes) : -1;
     case PackedMode::rice_of_zeros: {
       const int64_t zeros = block.size - block.count;
-      if (zeros == 0) return false;
+      if (zeros == 0) return -1;
       for (int64_t g = 0; g < groups; ++g) planes[2 * g] = first_bits(block.size - g * 64);
       const int64_t end = decode_codes<false>(block, zeros, [&](int64_t position, uint64_t) {
         planes[position / 64 * 2] &= ~(uint64_t{1} << (position % 64));
       });
-      return end >= 0 && decode_signs(block, end, planes);
+      return end < 0 ? -1 : decode_signs(block, end, planes);
     }
   }
-  return false;
+  return -1;
 }
 
 // Gaps between the elements of a plane, each with its sign: gap << 1 | sign. Returns how many there are. flip: all ones

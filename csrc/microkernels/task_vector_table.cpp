@@ -2,8 +2,10 @@
 #include "microkernels/task_vector_table.h"
 
 #include "microkernels/apply_ternary.h"
+#include "microkernels/magnitudes.h"
 #include "microkernels/select_ternary.h"
 #include "microkernels/split_rice.h"
+#include "microkernels/steps.h"
 
 namespace moe::MOE_ISA {
 
@@ -14,6 +16,10 @@ static constexpr TaskVectorKernels<T> make() {
       .apply = apply<T>,
       .apply_undoable = apply_undoable<T>,
       .unapply = unapply<T>,
+      .decode_magnitudes = decode_magnitudes<acc_t<T>>,
+      .find_steps = find_steps<T>,
+      .encode_steps = encode_steps<T>,
+      .move_steps = move_steps<T>,
   };
 }
 
@@ -33,6 +39,7 @@ const TaskVectorKernelTable task_vector_table = {
             .choose_block = choose_block,
             .encode_block = encode_block,
             .decode_block = decode_block,
+            .encode_magnitudes = encode_magnitudes,
         },
 };
 

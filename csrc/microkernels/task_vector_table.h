@@ -12,11 +12,13 @@ constexpr int64_t kTernaryGroup = 64;
 // Elements that are worked on at once: the block of the packed format, whose planes (1 KiB a vector) stay in the L1 cache.
 constexpr int64_t kTernaryBlock = 4096;
 
-// One vector's planes of a block, two words a group, and the value of t = 1.
+// One vector's planes of a block, two words a group, and the value of t = 1. Of a vector whose t are no signs `terms` has
+// value t of each element that is not zero, and is null for others.
 template <class Acc>
 struct TernarySource {
   const uint64_t* planes;
   Acc value;
+  const Acc* terms = nullptr;
 };
 
 // What makes the weights of a block come back. s is the sum of the vectors and C = round(W' - s); an element where any
@@ -53,6 +55,9 @@ struct PackedBlock {
   int k;
 };
 
+// dtypes of magnitudes and of patched weights; the numbers are those of the format
+enum class PackedDtype : int { none, f32, b16, f16, f64 };
+
 constexpr int kMomentLanes = 32;  // sums that run beside each other
 constexpr int kLowBits = 15;  // of a magnitude's 31 bits, those that the second histogram counts
 
@@ -65,7 +70,10 @@ struct TernaryCodecKernels {
   int64_t (*select_ternary)(const float* t, int64_t n, uint32_t threshold, bool equal, uint64_t* planes);
   PackedChoice (*choose_block)(const uint64_t* planes, int64_t size);
   void (*encode_block)(const uint64_t* planes, int64_t size, const PackedChoice& choice, uint8_t* out);
-  bool (*decode_block)(const PackedBlock& block, uint64_t* planes);
+  // the bit after the last one, -1 where the block is damaged
+  int64_t (*decode_block)(const PackedBlock& block, uint64_t* planes);
+  // the magnitudes |t| of the elements that a plane has, in [0, 1], written as dtype after each other
+  void (*encode_magnitudes)(const float* t, float inverse_scale, int64_t n, const uint64_t* planes, PackedDtype dtype, uint8_t* out);
 };
 
 template <class T>
@@ -78,6 +86,13 @@ struct TaskVectorKernels {
   int64_t (*apply_undoable)(T* weight, int64_t n, const TernarySource<Acc>* sources, int64_t num_sources,
                             const UndoStream<T>& undo);
   void (*unapply)(T* weight, int64_t n, const TernarySource<Acc>* sources, int64_t num_sources, const UndoStream<T>& undo);
+  // terms = value t of the elements that the planes have, from `count` magnitudes; false where one is not in [0, 1]
+  bool (*decode_magnitudes)(const uint8_t* bytes, PackedDtype dtype, int64_t size, const uint64_t* planes, Acc value, Acc* terms);
+  // planes of where the bits differ and of which go down; returns the bits of encode_steps
+  int64_t (*find_steps)(const T* x, const T* base, int64_t n, uint64_t* planes);
+  void (*encode_steps)(const T* x, const T* base, int64_t n, const uint64_t* planes, uint8_t* out);
+  // the weights go their steps, or back; false, and nothing changed, where the code is damaged
+  bool (*move_steps)(const PackedBlock& block, bool back, T* weight);
 };
 
 struct TaskVectorKernelTable {

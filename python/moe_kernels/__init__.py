@@ -79,13 +79,17 @@ from moe_kernels.ops.routed_lora import (  # noqa: E402
 )
 from moe_kernels.ops.task_vector import (  # noqa: E402
     PackedDelta,
+    Patch,
     TernaryDelta,
     Undo,
     apply_,
+    apply_patch_,
     compare,
     compress,
     decompress,
+    make_patch,
     unapply_,
+    unapply_patch_,
 )
 from moe_kernels.ops.ternary_linear import ternary_linear  # noqa: E402
 
@@ -94,12 +98,14 @@ __all__ = [
     "DispatchPlan",
     "LoRARouting",
     "PackedDelta",
+    "Patch",
     "PrepackedWeights",
     "QuantizedWeights",
     "TernaryDelta",
     "TokenFilter",
     "Undo",
     "apply_",
+    "apply_patch_",
     "balance_loss",
     "bgmv",
     "compare",
@@ -122,6 +128,7 @@ __all__ = [
     "localized_balance_loss",
     "lora_expand",
     "lora_shrink",
+    "make_patch",
     "mask_experts",
     "merge",
     "merge_tensors",
@@ -145,6 +152,7 @@ __all__ = [
     "ternary_linear",
     "tune_experts",
     "unapply_",
+    "unapply_patch_",
     "unpermute",
     "update_expert_bias_",
     "z_loss",

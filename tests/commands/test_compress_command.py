@@ -209,6 +209,36 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path):
     assert len(Checkpoint(tmp_path / "out")) == 32
 
 
+def test_a_lossless_patch(files, capsys):
+    folder, base = files
+    patch, out = made(files, 1, "--lossless"), folder / "out.safetensors"
+    assert "patches of 11,724 parameters" in capsys.readouterr().out
+    run("apply", folder / "base.safetensors", patch, "-o", out)
+    expected = load_file(folder / "tuned1.safetensors")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(out).items())
+    capsys.readouterr()
+    run("inspect", patch, made(files, 2), "--tensors")
+    assert "patch of bfloat16" in (said := capsys.readouterr().out) and "0 parameters in both" in said
+    assert "has a patch, which leads from its own base to one tensor" in refused(
+        capsys, "apply", folder / "base.safetensors", f"{patch}=0.5", "-o", out
+    )
+    assert "has a patch" in refused(capsys, "apply", folder / "base.safetensors", patch, made(files, 2), "-o", out)
+    assert "is the difference from another base" in refused(
+        capsys, "apply", folder / "tuned1.safetensors", patch, "-o", out
+    )
+
+
+def test_values_are_kept(files, capsys):
+    folder, base = files
+    out = folder / "out.safetensors"
+    run("apply", folder / "base.safetensors", made(files, 1, "--values", "float32", "--density", "1"), "-o", out)
+    expected = load_file(folder / "tuned1.safetensors")
+    for name, tensor in load_file(out).items():
+        assert torch.allclose(tensor.double(), expected[name].double(), rtol=1e-6)
+    run("inspect", folder / "delta1.safetensors", "--tensors")
+    assert "values in float32" in capsys.readouterr().out
+
+
 def test_inspect(files, capsys):
     folder, base = files
     deltas = [made(files, seed, "--density", "0.3") for seed in (1, 2)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_kernels import TernaryDelta, apply_, compress, decompress
+from moe_kernels import Patch, TernaryDelta, apply_, compress, decompress, make_patch
 from moe_kernels.nn import ExpertSwitcher, expert_switcher
 
 
@@ -205,3 +205,55 @@ def test_bad_input(switched):
     switcher.remove("b")
     assert switcher.experts == ("a", "c")
     assert isinstance(decompress(experts["a"]["0.bias"]), TernaryDelta)
+
+
+def test_a_patch_is_the_tuned_model_to_the_last_bit(switched):
+    base, switcher, experts = switched
+    start, goal = bits(base), tuned(base, 7)
+    goal["1.weight"] = base.state_dict()["1.weight"].clone()  # half fine-tuning: some tensors stay
+    patches = make_patch(goal, base.state_dict())
+    del patches["1.weight"]
+    switcher.add("tuned", {name: patch.data for name, patch in patches.items()})
+    switcher.switch("tuned")
+    assert same(bits(base), {name: tensor.view(torch.int16) for name, tensor in goal.items()})
+    assert switcher.undo_bytes == 0
+    switcher.switch({"tuned": lambda name: float(name == "0.weight"), "a": lambda name: float(name != "0.weight")})
+    switcher.restore()
+    assert same(bits(base), start)
+    with pytest.raises(ValueError, match="coefficient of .* must be 1 or 0: 'tuned' has a patch of it, got 0.5"):
+        switcher.switch({"tuned": 0.5})
+    for wanted in ({"tuned": 1.0, "a": 1.0}, {"a": 1.0, "tuned": 1.0}):
+        with pytest.raises(ValueError, match="changed by one expert where one has a patch of it, got another and"):
+            switcher.switch(wanted)
+    assert same(bits(base), start) and switcher.active == {}
+
+
+def test_a_patch_of_another_base_is_refused():
+    base = model()
+    switcher = ExpertSwitcher(base)
+    patch = make_patch(tuned(base, 1)["0.weight"], tuned(base, 2)["0.weight"])
+    with pytest.raises(ValueError, match="must be of this base, got a patch of another"):
+        switcher.add("other", {"0.weight": patch}, any_base=True)
+    half = make_patch(base[0].weight.detach().half() + 1, base[0].weight.detach().half())
+    with pytest.raises(TypeError, match="0.weight must be torch.float16, got torch.bfloat16"):
+        switcher.add("half", {"0.weight": half})
+    assert isinstance(half, Patch) and switcher.experts == ()
+
+
+def test_sparse_fine_tunes_add_up():
+    """LT-SFT: base + task + language, each a sparse difference with its values, with one rounding."""
+    base = model()
+    start, state = bits(base), copy.deepcopy(base.state_dict())
+    switcher = ExpertSwitcher(base)
+    experts = {
+        name: compress(tuned(base, seed), 0.05, base=state, values=torch.float32)
+        for seed, name in enumerate(("task", "language"))
+    }
+    for name, deltas in experts.items():
+        switcher.add(name, deltas)
+    switcher.switch({"task": 1.0, "language": 1.0})
+    for name, weight in base.state_dict().items():
+        total = experts["task"][name].dense() + experts["language"][name].dense()
+        assert torch.equal(weight, torch.where(total != 0, (state[name].float() + total).bfloat16(), state[name]))
+    switcher.restore()
+    assert same(bits(base), start)

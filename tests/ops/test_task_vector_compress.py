@@ -69,10 +69,10 @@ def test_every_mode_of_block(backend):
     blocks[5][4095] = -1
     planes = TernaryDelta.from_signs(torch.cat(blocks)).planes
     data = native.pack_ternary(planes, [6, 4096], 1.0, 0.0, 0)
-    assert torch.equal(data, reference.pack(planes, [6, 4096], 1.0, 0.0, 0))
+    assert torch.equal(data, reference.pack_ternary(planes, [6, 4096], 1.0, 0.0, 0))
     words = data[HEADER_BYTES : HEADER_BYTES + 48].view(torch.int64).tolist()
     assert [word >> 49 & 7 for word in words] == [0, 1, 2, 4, 3, 1]
-    assert torch.equal(native.unpack_ternary(data), planes) and torch.equal(reference.unpack(data), planes)
+    assert torch.equal(native.unpack_ternary(data), planes) and torch.equal(reference.unpack_ternary(data), planes)
 
 
 def test_the_header():

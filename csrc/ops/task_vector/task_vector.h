@@ -20,10 +20,12 @@ class TernarySources {
     MOE_CHECK(deltas.size() == values.size(), op, ": there must be as many coefficients as deltas");
     const int64_t groups = (numel + kTernaryGroup - 1) / kTernaryGroup;
     for (size_t i = 0; i < deltas.size(); ++i) {
-      all_.push_back({nullptr, static_cast<Acc>(values[i])});
+      all_.push_back({nullptr, static_cast<Acc>(values[i]), nullptr});
       packed_.emplace_back();
       if (deltas[i].scalar_type() == ScalarType::Byte) {
         packed_[i].emplace(op, deltas[i]);
+        MOE_CHECK(packed_[i]->kind() != PackedKind::patch, op, ": a patch is no task vector; use apply_patch_");
+        has_terms_ |= packed_[i]->kind() == PackedKind::values;
         MOE_CHECK(packed_[i]->numel() == numel, op, ": the packed task vector must be of ", numel, " elements, got ",
                   packed_[i]->numel());
         continue;
@@ -43,19 +45,24 @@ class TernarySources {
   const TernarySource<Acc>* block(int64_t block) const {
     static thread_local std::vector<TernarySource<Acc>> here;
     static thread_local std::vector<uint64_t> decoded;
+    static thread_local std::vector<Acc> terms;
     here = all_;
     decoded.resize(all_.size() * kWords);
+    if (has_terms_) terms.resize(all_.size() * kTernaryBlock);
     for (size_t i = 0; i < here.size(); ++i) {
       if (!packed_[i]) {
         here[i].planes += block * kWords;
         continue;
       }
       uint64_t* planes = decoded.data() + i * kWords;
-      if (!packed_[i]->decode(block, planes)) {
+      const bool is_ternary = packed_[i]->kind() == PackedKind::ternary;
+      Acc* these = is_ternary ? nullptr : terms.data() + static_cast<int64_t>(i) * kTernaryBlock;
+      if (!packed_[i]->template decode<Acc>(block, here[i].value, planes, these)) {
         std::fill_n(planes, kWords, 0);
         damaged_ = true;
       }
       here[i].planes = planes;
+      here[i].terms = these;
     }
     return here.data();
   }
@@ -85,6 +92,7 @@ class TernarySources {
   int64_t numel_;
   std::vector<TernarySource<Acc>> all_;
   std::vector<std::optional<PackedView>> packed_;
+  bool has_terms_ = false;
   mutable std::atomic<bool> damaged_{false};
 };
 

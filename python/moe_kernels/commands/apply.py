@@ -27,7 +27,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def main(arguments: Namespace) -> None:
-    from moe_kernels import apply_
+    from moe_kernels import Patch, apply_, apply_patch_
     from moe_kernels.integrations.safetensors import Checkpoint, load_task_vectors, write_checkpoint
 
     base = Checkpoint(arguments.base)
@@ -45,6 +45,15 @@ def main(arguments: Namespace) -> None:
                     f"apply: {path}: {name} must be of shape {list(base.shape(name))}, got {list(delta.shape)}"
                 )
             plan.setdefault(name, []).append((path, delta, coefficient))
+    for name, entries in plan.items():
+        for path, delta, coefficient in entries:
+            if isinstance(delta, Patch) and (len(entries) > 1 or coefficient != 1 or arguments.any_base):
+                raise CommandError(
+                    f"apply: {path}: {name} has a patch, which leads from its own base to one tensor: give it alone, "
+                    "without a coefficient and without --any-base"
+                )
+            if isinstance(delta, Patch) and delta.dtype != base.dtype(name):
+                raise CommandError(f"apply: {path}: {name} must be {delta.dtype}, got {base.dtype(name)}")
 
     def make(name: str):
         weight = base[name]
@@ -57,6 +66,9 @@ def main(arguments: Namespace) -> None:
                     "pass --any-base to add it all the same"
                 )
         weight = weight.clone()
+        if isinstance(plan[name][0][1], Patch):
+            apply_patch_(weight, plan[name][0][1])
+            return weight
         apply_(weight, [delta for _, delta, _ in plan[name]], [coefficient for _, _, coefficient in plan[name]])
         return weight
 

@@ -27,7 +27,14 @@ def main(arguments: Namespace) -> None:
     paths = list(vectors)
     for i, first in enumerate(paths):
         for second in paths[i + 1 :]:
-            _print_agreement(first, second, vectors[first], vectors[second])
+            _print_agreement(first, second, *(_ternary(vectors[path]) for path in (first, second)))
+
+
+def _ternary(deltas: dict) -> dict:
+    """Those that can be compared by their signs."""
+    from moe_kernels import PackedDelta
+
+    return {name: d for name, d in deltas.items() if isinstance(d, PackedDelta) and d.values is None}
 
 
 def _print_task_vectors(path: str, deltas: dict, metadata: dict, arguments: Namespace) -> None:
@@ -46,7 +53,16 @@ def _print_task_vectors(path: str, deltas: dict, metadata: dict, arguments: Name
     if arguments.tensors:
         for name, delta in deltas.items():
             bits = 8 * delta.nbytes / max(delta.numel, 1)
-            print(f"  {name} {list(delta.shape)} density {delta.density:.4f} scale {delta.scale:.4g} {bits:.3f} bit")
+            print(f"  {name} {list(delta.shape)} density {delta.density:.4f} {_kind(delta)} {bits:.3f} bit")
+
+
+def _kind(delta) -> str:
+    from moe_kernels import Patch
+
+    if isinstance(delta, Patch):
+        return f"patch of {delta.dtype}".replace("torch.", "")
+    values = "" if delta.values is None else f" values in {delta.values}"
+    return f"scale {delta.scale:.4g}{values}".replace("torch.", "")
 
 
 def _print_checkpoint(path: str, checkpoint, arguments: Namespace) -> None:

@@ -2,18 +2,39 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from moe_kernels._checks import shape_error, value_error
-from moe_kernels.ops.task_vector import PackedDelta, TernaryDelta, Undo, apply_, unapply_
+from moe_kernels._checks import dtype_error, shape_error, value_error
+from moe_kernels.ops.task_vector import (
+    Packed,
+    PackedDelta,
+    Patch,
+    TernaryDelta,
+    Undo,
+    apply_,
+    apply_patch_,
+    from_bytes,
+    unapply_,
+    unapply_patch_,
+)
 
-Delta = TernaryDelta | PackedDelta
-#: parameter's name -> what is added to it, with which coefficients
+Delta = TernaryDelta | PackedDelta | Patch
+#: parameter's name -> what is added to it, with which coefficients; a patch stands alone
 Plan = dict[str, tuple[list[Delta], list[float]]]
 #: one number, or one for each parameter, by its name
 Coefficient = float | Callable[[str], float]
+
+
+@dataclass(eq=False)
+class _Patched:
+    """What takes a patch back: itself."""
+
+    patch: Patch
+    version: int | None
+    nbytes: int = 0
 
 
 class ExpertSwitcher:
@@ -38,6 +59,11 @@ class ExpertSwitcher:
         ...
         switcher.restore()
 
+    An expert may keep values where signs are too little (``compress(..., values=...)``): a graft is a small density
+    (arXiv 2302.06600), sparse fine-tunes of a task and of a language add up (LT-SFT, arXiv 2110.07560). It may be a
+    lossless :class:`~moe_kernels.Patch` of some parameters: these become the tuned ones, bit for bit, and no other
+    expert is added to them.
+
     Args:
         model: its parameters must be floating tensors where a task vector has their name.
     """
@@ -48,7 +74,7 @@ class ExpertSwitcher:
         firsts: dict[int, str] = {}
         self._first_names = {name: firsts.setdefault(id(p), name) for name, p in self._parameters.items()}
         self._experts: dict[str, dict[str, Delta]] = {}
-        self._undo: dict[str, Undo] = {}
+        self._undo: dict[str, Undo | _Patched] = {}
         self._applied: Plan = {}
         self._active: dict[str, Coefficient] = {}
         self.generation = 0
@@ -73,7 +99,7 @@ class ExpertSwitcher:
 
         Args:
             expert: its name.
-            deltas: parameter's name -> task vector, or the bytes of a packed one as a safetensors file holds them.
+            deltas: parameter's name -> task vector or patch, or the bytes of one as a safetensors file holds them.
                 They are moved to the parameter's device. Names that share one parameter need one of them; a
                 coefficient by name is then asked for the first of the names.
             any_base: take packed task vectors of another base (PortLLM, arXiv 2410.10870, carries them to an updated
@@ -95,11 +121,15 @@ class ExpertSwitcher:
         for name, delta in deltas.items():
             parameter = self._parameters[name]
             if isinstance(delta, Tensor):
-                delta = PackedDelta.from_bytes(delta)
-            if not isinstance(delta, (TernaryDelta, PackedDelta)):
+                delta = from_bytes(delta)
+            if not isinstance(delta, (TernaryDelta, Packed)):
                 raise TypeError(f"{op}: {name} must be a task vector, got {type(delta).__name__}; call compress")
             if delta.shape != parameter.shape:
                 raise shape_error(op, name, str(list(delta.shape)), parameter, "the task vector is of another model")
+            if isinstance(delta, Patch) and delta.dtype != parameter.dtype:
+                raise dtype_error(op, name, delta.dtype, parameter, "the patch is of another model")
+            if isinstance(delta, Patch) and not delta.fits(parameter):
+                raise value_error(op, name, "of this base", "a patch of another", "it would lead to other weights")
             if isinstance(delta, PackedDelta) and not any_base and not delta.fits(parameter):
                 raise value_error(op, name, "of this base", "a task vector of another", "pass any_base=True to use it")
             first = taken.setdefault(self._first_names[name], (name, delta))
@@ -163,6 +193,12 @@ class ExpertSwitcher:
         for expert, coefficient in wanted.items():
             for name, delta in self._experts[expert].items():
                 value = float(coefficient(name) if callable(coefficient) else coefficient)
+                if value != 0:
+                    self._check_patch(expert, name, delta, value, plan)
+                if isinstance(delta, Patch):
+                    if value != 0:
+                        plan[name] = ([delta], [1.0])
+                    continue
                 if not abs(value * delta.scale) <= torch.finfo(torch.float32).max:
                     raise value_error("ExpertSwitcher.switch", f"coefficient of {name}", "finite", value)
                 if value != 0:
@@ -170,6 +206,13 @@ class ExpertSwitcher:
                     deltas.append(delta)
                     coefficients.append(value)
         return plan
+
+    def _check_patch(self, expert: str, name: str, delta: Delta, coefficient: float, plan: Plan) -> None:
+        op = "ExpertSwitcher.switch"
+        if isinstance(delta, Patch) and coefficient != 1:
+            raise value_error(op, f"coefficient of {name}", f"1 or 0: {expert!r} has a patch of it", coefficient)
+        if name in plan and (isinstance(delta, Patch) or isinstance(plan[name][0][0], Patch)):
+            raise value_error(op, name, "changed by one expert where one has a patch of it", f"another and {expert!r}")
 
     def _check_untouched(self) -> None:
         for name, undo in self._undo.items():
@@ -183,15 +226,25 @@ class ExpertSwitcher:
     def _apply(self, plan: Plan) -> None:
         self._applied = plan
         for name, (deltas, coefficients) in plan.items():
-            self._undo[name] = apply_(self._parameters[name], deltas, coefficients, undo=True)
+            parameter = self._parameters[name]
+            if isinstance(deltas[0], Patch):
+                apply_patch_(parameter, deltas[0])
+                self._undo[name] = _Patched(deltas[0], None if parameter.is_inference() else parameter._version)
+            else:
+                self._undo[name] = apply_(parameter, deltas, coefficients, undo=True)
 
     def _take_back(self) -> None:
         for name, undo in self._undo.items():
-            unapply_(self._parameters[name], undo)
+            if isinstance(undo, _Patched):
+                unapply_patch_(self._parameters[name], undo.patch)
+            else:
+                unapply_(self._parameters[name], undo)
         self._undo.clear()
 
 
 def _equal(one: Delta, other: Delta) -> bool:
-    if type(one) is not type(other) or one.scale != other.scale:
+    if type(one) is not type(other):
         return False
-    return torch.equal(*((one.data, other.data) if isinstance(one, PackedDelta) else (one.planes, other.planes)))
+    if isinstance(one, Packed):
+        return torch.equal(one.data, other.data)
+    return one.scale == other.scale and torch.equal(one.planes, other.planes)

@@ -1,4 +1,4 @@
-"""Packed task vectors in one safetensors file: a tensor of bytes for each weight, under its name."""
+"""Packed task vectors and patches in one safetensors file: a tensor of bytes for each weight, under its name."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,7 +7,7 @@ import torch
 
 from moe_kernels.integrations.safetensors.checkpoint import Checkpoint, CheckpointError
 from moe_kernels.integrations.safetensors.writer import write_file
-from moe_kernels.ops.task_vector import PackedDelta
+from moe_kernels.ops.task_vector.packed import Packed, from_bytes
 
 #: value of "format" in the file's metadata; docs/task_vector_format.md
 FORMAT = "moe_kernels.task_vector"
@@ -15,9 +15,11 @@ VERSION = "1"
 
 
 def save_task_vectors(
-    path: str | Path, deltas: Mapping[str, PackedDelta], metadata: Mapping[str, str] | None = None
+    path: str | Path, deltas: Mapping[str, Packed], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes what :func:`moe_kernels.compress` gave for a state dict. No pickle; each tensor has its own checksum.
+    """Writes what :func:`moe_kernels.compress` or :func:`moe_kernels.make_patch` gave for a state dict.
+
+    No pickle; each tensor has its own checksum.
 
     Args:
         metadata: strings that go with it: the method, the density, where the base came from.
@@ -27,8 +29,8 @@ def save_task_vectors(
     write_file(path, layout, tensors, {"format": FORMAT, "version": VERSION, **(metadata or {})})
 
 
-def load_task_vectors(path: str | Path) -> dict[str, PackedDelta]:
-    """Reads and checks every task vector of a file.
+def load_task_vectors(path: str | Path) -> dict[str, Packed]:
+    """Reads and checks every task vector or patch of a file.
 
     Raises:
         CheckpointError: it holds none, or a damaged one, whose name is in the message.
@@ -39,7 +41,7 @@ def load_task_vectors(path: str | Path) -> dict[str, PackedDelta]:
     deltas = {}
     for name in file:
         try:
-            deltas[name] = PackedDelta.from_bytes(file[name])
+            deltas[name] = from_bytes(file[name])
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{path}: {name}: {error}") from None
     return deltas

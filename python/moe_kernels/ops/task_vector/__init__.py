@@ -1,6 +1,23 @@
 from moe_kernels.ops.task_vector.api import Overlap, Undo, apply_, compare, decompress, unapply_
 from moe_kernels.ops.task_vector.compress import compress
-from moe_kernels.ops.task_vector.packed import PackedDelta
+from moe_kernels.ops.task_vector.packed import Packed, PackedDelta, from_bytes
+from moe_kernels.ops.task_vector.patch import Patch, apply_patch_, make_patch, unapply_patch_
 from moe_kernels.ops.task_vector.ternary import TernaryDelta
 
-__all__ = ["Overlap", "PackedDelta", "TernaryDelta", "Undo", "apply_", "compare", "compress", "decompress", "unapply_"]
+__all__ = [
+    "Overlap",
+    "Packed",
+    "PackedDelta",
+    "Patch",
+    "TernaryDelta",
+    "Undo",
+    "apply_",
+    "apply_patch_",
+    "compare",
+    "compress",
+    "decompress",
+    "from_bytes",
+    "make_patch",
+    "unapply_",
+    "unapply_patch_",
+]

@@ -53,14 +53,15 @@ def apply_(
 
     ``weight = round(weight + s)`` with ``s = sum_i value_i * t_i`` and ``value_i = coefficient_i * delta_i.scale``,
     where any ``t_i`` is not zero. Sums run in the order of ``deltas`` in float32 (float64 for float64 weights), in
-    which ``value_i`` is rounded once; ``s`` is added last. As t is -1, 0 or 1 every product is exact, so all backends
-    give the same bits. Elements that no vector touches, and NaN, keep their bits.
+    which ``value_i`` is rounded once, and each product where t is no sign; ``s`` is added last. All backends give the
+    same bits. Elements that no vector touches, and NaN, keep their bits.
 
     Args:
         weight: any shape, float32, bfloat16, float16 or float64. It may require gradients: it is changed as by an
             optimiser, outside of autograd. Weights that are not contiguous go through a contiguous copy.
         deltas: task vectors of the weight's shape, on its device. Packed ones are decoded on the way, a block of 4096
             elements at a time on the CPU; elsewhere their planes are made first. The CUDA kernels take up to 64.
+            Vectors of values run on the CPU, and with the reference.
         coefficients: one for each, or one for all (ComPEFT's alpha, task arithmetic's lambda); may be negative.
         undo: whether to keep what :func:`unapply_` needs. On CUDA the host then waits for the device twice, for sizes.
         backend: see :mod:`moe_kernels`.
@@ -85,9 +86,9 @@ def apply_(
             else:
                 reference.apply_(work, _planes(deltas), values)
         elif undo:
-            parts = _kernels(backend).apply_ternary_undoable(work, _tensors(deltas, backend), values)
+            parts = _kernels(backend).apply_ternary_undoable(work, _tensors(op, deltas, backend), values)
         else:
-            _kernels(backend).apply_ternary(work, _tensors(deltas, backend), values)
+            _kernels(backend).apply_ternary(work, _tensors(op, deltas, backend), values)
         _finish(weight, target, work)
     return Undo(tuple(deltas), tuple(values), parts, _version(weight)) if undo else None
 
@@ -123,23 +124,25 @@ def unapply_(weight: Tensor, undo: Undo, *, backend: Backend = "auto") -> None:
         elif (backend := resolve(op, backend, weight.device.type)) == "reference":
             raise value_error(op, "backend", "that of apply_", "reference")
         else:
-            _kernels(backend).unapply_ternary(work, _tensors(undo.deltas, backend), undo.values, *undo.parts)
+            _kernels(backend).unapply_ternary(work, _tensors(op, undo.deltas, backend), undo.values, *undo.parts)
         _finish(weight, target, work)
 
 
 def decompress(
     packed: PackedDelta | Mapping[str, PackedDelta], *, backend: Backend = "auto"
 ) -> TernaryDelta | dict[str, TernaryDelta]:
-    """Bit planes of a packed task vector, or of each one of a state dict: 2 bits a parameter, fast to use.
+    """Bit planes of a packed ternary task vector, or of each one of a state dict: 2 bits a parameter, fast to use.
 
     Raises:
-        ValueError: the bytes are damaged.
+        ValueError: the bytes are damaged, or t is no sign: of those there is ``packed.dense()``.
     """
     if isinstance(packed, Mapping):
         return {name: decompress(one, backend=backend) for name, one in packed.items()}
     if not isinstance(packed, PackedDelta):
         raise TypeError(f"decompress: packed must be a PackedDelta, got {type(packed).__name__}; call compress first")
-    return TernaryDelta(_unpack(packed, backend), packed.shape, packed.scale)
+    if packed.values is not None:
+        raise value_error("decompress", "packed", "ternary", f"values in {packed.values}", "call packed.dense()")
+    return TernaryDelta(read_packed(packed, backend)[0], packed.shape, packed.scale)
 
 
 class Overlap(NamedTuple):
@@ -177,20 +180,25 @@ def compare(first: TernaryDelta, second: TernaryDelta) -> Overlap:
 
 def check_packed(packed: PackedDelta) -> None:
     """Reads all of it. Raises ValueError where it is damaged."""
-    _unpack(packed, "auto")
+    read_packed(packed, "auto")
 
 
-def _unpack(packed: PackedDelta, backend: Backend) -> Tensor:
+def read_packed(packed: PackedDelta, backend: Backend = "auto") -> tuple[Tensor, Tensor | None]:
+    """Planes, and t in float32 where it is no sign.
+
+    Raises:
+        ValueError: the bytes are damaged.
+    """
     # a file's format, made and read on the host: other devices get the planes
     data = packed.data.cpu()
-    if resolve("decompress", backend, "cpu") == "reference":
-        planes = reference.unpack(data)
-    else:
-        try:
-            planes = native.unpack_ternary(data)
-        except RuntimeError as error:
-            raise ValueError(str(error).split("\n")[0]) from None
-    return planes.to(packed.device)
+    kernels = reference if resolve("decompress", backend, "cpu") == "reference" else native
+    try:
+        if packed.values is None:
+            return kernels.unpack_ternary(data).to(packed.device), None
+        planes, t = kernels.unpack_values(data)
+        return planes.to(packed.device), t.view(packed.shape).to(packed.device)
+    except RuntimeError as error:
+        raise ValueError(str(error).split("\n")[0]) from None
 
 
 def _check(op: str, weight: Tensor, deltas, coefficients) -> tuple[list[TernaryDelta], list[float]]:
@@ -231,15 +239,20 @@ def _kernels(backend: str):
     return triton
 
 
-def _tensors(deltas, backend: str) -> list[Tensor]:
+def _tensors(op: str, deltas, backend: str) -> list[Tensor]:
     """What the kernels take: packed vectors only on the CPU."""
     if backend == "native" and deltas[0].device.type == "cpu":
         return [_tensor(delta) for delta in deltas]
-    return [delta.planes for delta in _planes(deltas)]
+    planes = _planes(deltas)
+    if any(isinstance(delta, PackedDelta) for delta in planes):
+        where = f"the {backend} kernels on {planes[0].device.type}"
+        raise value_error(op, "deltas", f"ternary for {where}", "values", "pass backend='reference'")
+    return [delta.planes for delta in planes]
 
 
-def _planes(deltas) -> list[TernaryDelta]:
-    return [decompress(delta) if isinstance(delta, PackedDelta) else delta for delta in deltas]
+def _planes(deltas) -> list[TernaryDelta | PackedDelta]:
+    """Packed vectors of signs as planes."""
+    return [decompress(d) if isinstance(d, PackedDelta) and d.values is None else d for d in deltas]
 
 
 def _version(weight: Tensor) -> int | None:

@@ -11,11 +11,12 @@ from moe_kernels._checks import FLOAT_DTYPES, check_tensor, dtype_error, shape_e
 from moe_kernels._dispatch import Backend, resolve
 from moe_kernels.ops.task_vector import native, reference
 from moe_kernels.ops.task_vector.magnitudes import INFINITY, LOW_BITS, rank
-from moe_kernels.ops.task_vector.packed import MAX_DIMS, PackedDelta, fingerprint
+from moe_kernels.ops.task_vector.packed import DTYPES, MAX_DIMS, PackedDelta, fingerprint, signed
 from moe_kernels.ops.task_vector.ternary import TernaryDelta
 
 Scale = Literal["std", "mean"]
 Scope = Literal["global", "tensor"]
+VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def compress(
@@ -25,10 +26,11 @@ def compress(
     base: Tensor | Mapping[str, Tensor] | None = None,
     scale: Scale = "std",
     scope: Scope = "global",
+    values: torch.dtype | None = None,
     progress: Callable[[str], object] | None = None,
     backend: Backend = "auto",
 ) -> PackedDelta | dict[str, PackedDelta]:
-    """Keeps the signs of the largest entries of a task vector, and one scale.
+    """Keeps the signs of the largest entries of a task vector, and one scale; or their values.
 
     ``t = sign(delta)`` at the ``round(density * n)`` entries of largest magnitude and 0 elsewhere;
     ``scale = std(delta)``, unbiased and taken before anything is dropped (ComPEFT). ComPEFT's alpha is a number that is
@@ -47,6 +49,10 @@ def compress(
         scale: "std", or "mean" for the mean magnitude of what is kept, with which a coefficient of 1 is nearest to
             ``delta`` in the squares (ComPEFT notes that this is not the best for the loss).
         scope: of a state dict: one threshold and one scale for all tensors (ComPEFT), or for each.
+        values: float32, bfloat16 or float16 keeps what the largest entries are, rounded to that, and not their signs
+            alone: a graft (arXiv 2302.06600), a sparse fine-tune (LT-SFT, arXiv 2110.07560; with density 1 all that is
+            not zero), ComPEFT's pruning. ``scale`` is then a power of two above the tensor's largest magnitude, so
+            that float16 does not run out of exponents, and t a number from -1 to 1.
         progress: is called with a tensor's name when a pass over it ends; there are four.
         backend: see :mod:`moe_kernels`.
 
@@ -66,18 +72,22 @@ def compress(
         raise value_error(op, "scale", "'std' or 'mean'", repr(scale))
     if scope not in ("global", "tensor"):
         raise value_error(op, "scope", "'global' or 'tensor'", repr(scope))
+    if values is not None and values not in VALUE_DTYPES:
+        raise value_error(op, "values", "None, float32, bfloat16 or float16", values)
+    if values is not None and scale != "std":
+        raise value_error(op, "scale", "left out where values are kept", repr(scale))
     if isinstance(delta, Mapping):
         pairs = _pairs(op, delta, base)
         groups = [pairs] if scope == "global" else [{name: pair} for name, pair in pairs.items()]
         packed = {}
         for group in groups:
-            packed |= _compress(op, group, density, scale, progress, backend)
+            packed |= _compress(op, group, density, scale, values, progress, backend)
         return {name: packed[first] for name, first in _first_names(pairs).items()}
     check_tensor(op, "delta", delta)
     _check_pair(op, "delta", delta, base)
     if not delta.is_floating_point():
         raise dtype_error(op, "delta", FLOAT_DTYPES, delta)
-    return _compress(op, {"delta": (delta, base)}, density, scale, progress, backend)["delta"]
+    return _compress(op, {"delta": (delta, base)}, density, scale, values, progress, backend)["delta"]
 
 
 def _pairs(op: str, delta: Mapping[str, Tensor], base) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -131,7 +141,13 @@ def _first_names(pairs: dict[str, tuple[Tensor, Tensor | None]]) -> dict[str, st
 
 
 def _compress(
-    op: str, pairs: dict, density: float, scale: Scale, progress: Callable, backend: Backend
+    op: str,
+    pairs: dict,
+    density: float,
+    scale: Scale,
+    values: torch.dtype | None,
+    progress: Callable,
+    backend: Backend,
 ) -> dict[str, PackedDelta]:
     """Of tensors that share one threshold and one scale."""
     firsts = _first_names(pairs)
@@ -163,11 +179,19 @@ def _compress(
         tensor, base = tensors[name]
         return TernaryDelta(kernels[name].select_ternary(tensor, base, threshold, ties[name]), tensor.shape)
 
-    step = sigma if scale == "std" else _mean_magnitude(tensors, select)
+    step = _mean_magnitude(tensors, select) if scale == "mean" and values is None else sigma
+    packer = reference if resolve(op, backend, "cpu") == "reference" else native
 
     def pack(name: str, pair: tuple[Tensor, Tensor | None]) -> Tensor:
-        base_hash = 0 if pair[1] is None else fingerprint(pair[1])
-        return _pack(op, backend, select(name), step, sigma, base_hash).to(pair[0].device)
+        base_hash = signed(0 if pair[1] is None else fingerprint(pair[1]))
+        planes, shape = select(name).planes.cpu(), list(pair[0].shape)
+        if values is None:
+            packed = packer.pack_ternary(planes, shape, step, sigma, base_hash)
+        else:
+            held = [None if part is None else part.cpu() for part in pair]
+            above = _power_of_two_above(op, name, high[name])
+            packed = packer.pack_values(planes, *held, shape, above, sigma, base_hash, DTYPES[values])
+        return packed.to(pair[0].device)
 
     return {name: PackedDelta.from_header(data) for name, data in each(pack).items()}
 
@@ -176,10 +200,12 @@ def _kernels(op: str, backend: Backend, tensor: Tensor):
     return reference if resolve(op, backend, tensor.device.type) == "reference" else native
 
 
-def _pack(op: str, backend: Backend, delta: TernaryDelta, scale: float, sigma: float, base_hash: int) -> Tensor:
-    signed = base_hash - 2**64 if base_hash >= 2**63 else base_hash
-    pack = reference.pack if resolve(op, backend, "cpu") == "reference" else native.pack_ternary
-    return pack(delta.planes.cpu(), list(delta.shape), scale, sigma, signed)
+def _power_of_two_above(op: str, name: str, counts: Tensor) -> float:
+    """Above all magnitudes, of which ``counts`` has how often each high half of their bits occurs."""
+    exponent = int(counts.nonzero()[-1]) >> 8 if len(counts.nonzero()) else 0  # 8 bits of it, 8 of the fraction
+    if exponent >= 254:
+        raise value_error(op, name, "below 2^127", "a larger difference")
+    return 2.0 ** (exponent - 126)
 
 
 def _threshold(each: Callable, kernels: dict, high: dict[str, Tensor], keep: int) -> tuple[int, dict[str, int]]:

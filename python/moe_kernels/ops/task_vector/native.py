@@ -52,7 +52,16 @@ torch.library.define("moe_kernels::end_of_ties", "(Tensor tensor, Tensor? base, 
 torch.library.define(
     "moe_kernels::pack_ternary", "(Tensor planes, int[] shape, float scale, float sigma, int base_hash) -> Tensor"
 )
+torch.library.define(
+    "moe_kernels::pack_values",
+    "(Tensor planes, Tensor tensor, Tensor? base, int[] shape, float scale, float sigma, int base_hash, int dtype) "
+    "-> Tensor",
+)
 torch.library.define("moe_kernels::unpack_ternary", "(Tensor packed) -> Tensor")
+torch.library.define("moe_kernels::unpack_values", "(Tensor packed) -> (Tensor, Tensor)")
+torch.library.define("moe_kernels::make_patch", "(Tensor weight, Tensor base, int[] shape, int base_hash) -> Tensor")
+torch.library.define("moe_kernels::apply_patch", "(Tensor(a!) weight, Tensor packed, bool back) -> ()")
+torch.library.define("moe_kernels::check_patch", "(Tensor packed) -> ()")
 
 count_magnitudes = torch.ops.moe_kernels.count_magnitudes.default
 count_window = torch.ops.moe_kernels.count_window.default
@@ -60,7 +69,12 @@ delta_moments = torch.ops.moe_kernels.delta_moments.default
 select_ternary = torch.ops.moe_kernels.select_ternary.default
 end_of_ties = torch.ops.moe_kernels.end_of_ties.default
 pack_ternary = torch.ops.moe_kernels.pack_ternary.default
+pack_values = torch.ops.moe_kernels.pack_values.default
 unpack_ternary = torch.ops.moe_kernels.unpack_ternary.default
+unpack_values = torch.ops.moe_kernels.unpack_values.default
+make_patch = torch.ops.moe_kernels.make_patch.default
+apply_patch = torch.ops.moe_kernels.apply_patch.default
+check_patch = torch.ops.moe_kernels.check_patch.default
 
 
 @torch.library.register_fake("moe_kernels::count_magnitudes")
@@ -84,8 +98,23 @@ def _(tensor: Tensor, base: Tensor | None, threshold: int, num_ties: int):
 
 
 @torch.library.register_fake("moe_kernels::pack_ternary")
-def _(planes: Tensor, *rest):
-    return planes.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+@torch.library.register_fake("moe_kernels::pack_values")
+@torch.library.register_fake("moe_kernels::make_patch")
+def _(first: Tensor, *rest):
+    return first.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.uint8)
+
+
+@torch.library.register_fake("moe_kernels::apply_patch")
+@torch.library.register_fake("moe_kernels::check_patch")
+def _(first: Tensor, *rest):
+    return None
+
+
+@torch.library.register_fake("moe_kernels::unpack_values")
+def _(packed: Tensor):
+    context = torch.library.get_ctx()
+    planes = packed.new_empty((context.new_dynamic_size(), 2), dtype=torch.int64)
+    return planes, packed.new_empty(context.new_dynamic_size(), dtype=torch.float32)
 
 
 @torch.library.register_fake("moe_kernels::unpack_ternary")

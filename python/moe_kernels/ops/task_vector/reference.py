@@ -3,8 +3,23 @@
 import torch
 from torch import Tensor
 
-from moe_kernels.ops.task_vector.packed import BLOCK, HEADER, HEADER_BYTES, MAGIC, MAX_DIMS, SPARE_BYTES
+from moe_kernels.ops.task_vector.packed import (
+    BLOCK,
+    DTYPES,
+    HEADER,
+    HEADER_BYTES,
+    MAGIC,
+    MAX_DIMS,
+    PATCH,
+    SPARE_BYTES,
+    TERNARY,
+    VALUES,
+    PackedDelta,
+    read_header,
+)
 from moe_kernels.ops.task_vector.ternary import TernaryDelta
+
+Delta = TernaryDelta | PackedDelta
 
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -19,24 +34,34 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.view(_BITS[tensor.dtype.itemsize])
 
 
-def sum_deltas(deltas: list[TernaryDelta], values: list[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``s = sum_i value_i t_i`` in order, and where any t is not zero."""
+def terms(delta: Delta) -> tuple[Tensor, Tensor]:
+    """t, and which elements the vector has."""
+    if isinstance(delta, TernaryDelta):
+        signs = delta.signs()
+        return signs, signs != 0
+    planes, t = unpack_values(delta.data.cpu())
+    signs = TernaryDelta(planes, delta.shape).signs()
+    return t.view(delta.shape).to(delta.device), (signs != 0).to(delta.device)
+
+
+def sum_deltas(deltas: list[Delta], values: list[float], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``s = sum_i value_i t_i`` in order, each product rounded, and where any t is not zero."""
     total = torch.zeros(deltas[0].shape, dtype=dtype, device=deltas[0].device)
     touched = torch.zeros_like(total, dtype=torch.bool)
     for delta, value in zip(deltas, values, strict=True):
-        signs = delta.signs()
-        total += signs * torch.tensor(value, dtype=dtype)  # the product is exact
-        touched |= signs != 0
+        t, has = terms(delta)
+        total += t.to(dtype) * torch.tensor(value, dtype=dtype)  # of signs the product is exact
+        touched |= has
     return total, touched
 
 
-def apply_(weight: Tensor, deltas: list[TernaryDelta], values: list[float]) -> None:
+def apply_(weight: Tensor, deltas: list[Delta], values: list[float]) -> None:
     total, touched = sum_deltas(deltas, values, accumulator(weight.dtype))
     changed = (weight.to(total.dtype) + total).to(weight.dtype)
     weight.copy_(torch.where(touched & ~weight.isnan(), changed, weight))
 
 
-def apply_undoable_(weight: Tensor, deltas: list[TernaryDelta], values: list[float]) -> tuple[Tensor, Tensor]:
+def apply_undoable_(weight: Tensor, deltas: list[Delta], values: list[float]) -> tuple[Tensor, Tensor]:
     """And what takes it back: per touched element in order of position, 0 where the bits of W are those of
     C = round(W' - s), 1 or -1 where they are one more or less, 2 where they are the next of the second tensor."""
     before = weight.clone()
@@ -49,7 +74,7 @@ def apply_undoable_(weight: Tensor, deltas: list[TernaryDelta], values: list[flo
     return codes, before[touched][codes == 2]
 
 
-def unapply_(weight: Tensor, deltas: list[TernaryDelta], values: list[float], codes: Tensor, kept: Tensor) -> None:
+def unapply_(weight: Tensor, deltas: list[Delta], values: list[float], codes: Tensor, kept: Tensor) -> None:
     total, touched = sum_deltas(deltas, values, accumulator(weight.dtype))
     back = (weight.to(total.dtype) - total).to(weight.dtype)[touched]
     restored = (bits(back) + torch.where(codes == 2, 0, codes)).view(weight.dtype)
@@ -99,17 +124,67 @@ def end_of_ties(tensor: Tensor, base: Tensor | None, threshold: int, num_ties: i
     return int((_magnitudes(tensor, base) == threshold).nonzero()[num_ties - 1]) + 1
 
 
-def pack(planes: Tensor, shape: list[int], scale: float, sigma: float, base_hash: int) -> Tensor:
+def pack_ternary(planes: Tensor, shape: list[int], scale: float, sigma: float, base_hash: int) -> Tensor:
     """The packed format, written bit by bit as docs/task_vector_format.md says."""
-    delta = TernaryDelta(planes, shape)
-    signs = delta.signs().view(-1).tolist()
+    signs = TernaryDelta(planes, shape).signs().view(-1).tolist()
+    return _pack(TERNARY, None, signs, shape, scale, sigma, base_hash, lambda block: b"")
+
+
+def pack_values(
+    planes: Tensor,
+    tensor: Tensor,
+    base: Tensor | None,
+    shape: list[int],
+    scale: float,
+    sigma: float,
+    base_hash: int,
+    code: int,
+) -> Tensor:
+    signs = TernaryDelta(planes, shape).signs().view(-1)
+    dtype = {number: dtype for dtype, number in DTYPES.items()}[code]
+    magnitudes = (differences(tensor, base).reshape(-1).abs() / scale).to(dtype)
+
+    def extra(block: int) -> bytes:
+        part = slice(block * BLOCK, (block + 1) * BLOCK)
+        return magnitudes[part][signs[part] != 0].view(torch.uint8).numpy().tobytes()
+
+    return _pack(VALUES, dtype, signs.tolist(), shape, scale, sigma, base_hash, extra)
+
+
+def in_order(tensor: Tensor) -> list[int]:
+    """The bits as whole numbers in which neighbouring floats, and -0 and 0, differ by one."""
+    pattern = bits(tensor.reshape(-1)).long()
+    largest = 2 ** (8 * tensor.dtype.itemsize - 1) - 1
+    return torch.where(pattern < 0, pattern ^ largest, pattern).tolist()
+
+
+def make_patch(weight: Tensor, base: Tensor, shape: list[int], base_hash: int) -> Tensor:
+    every = 2 ** (8 * weight.dtype.itemsize)
+    steps = [(to - at + every // 2) % every - every // 2 for to, at in zip(*map(in_order, (weight, base)), strict=True)]
+
+    def extra(block: int) -> bytes:
+        sizes = [abs(step) for step in steps[block * BLOCK : (block + 1) * BLOCK] if step]
+        bits = _Bits()
+        for size in sizes:
+            bits.put(1 << size.bit_length() - 1, size.bit_length())
+        for size in sizes:
+            bits.put(size - (1 << size.bit_length() - 1), size.bit_length() - 1)
+        return _words(bits)
+
+    return _pack(PATCH, weight.dtype, steps, shape, 1.0, 0.0, base_hash, extra)
+
+
+def _pack(kind, dtype, signs: list[int], shape, scale: float, sigma: float, base_hash: int, extra) -> Tensor:
+    """``signs`` may be any numbers that have them; extra(block): the bytes after its positions and signs."""
     blocks = [_pack_block(signs[at : at + BLOCK]) for at in range(0, len(signs), BLOCK)]
     descriptors, payload = b"", b""
-    for mode, k, count, stream in blocks:
+    for block, (mode, k, count, stream) in enumerate(blocks):
         descriptors += (len(payload) // 4 | count << 34 | mode << 49 | k << 52).to_bytes(8, "little")
-        payload += stream
+        payload += stream + (extra(block) if count else b"")
+        payload = payload.ljust(-(-len(payload) // 4) * 4, b"\0")
     start = -(-(HEADER_BYTES + len(descriptors)) // 64) * 64
     dims = [*shape, *[0] * (MAX_DIMS - len(shape))]
+    nnz, code = sum(sign != 0 for sign in signs), 0 if dtype is None else DTYPES[dtype]
     fields = (
         MAGIC,
         len(signs),
@@ -117,13 +192,13 @@ def pack(planes: Tensor, shape: list[int], scale: float, sigma: float, base_hash
         len(blocks),
         scale,
         sigma,
-        0,
+        kind,
         0,
         start,
-        delta.nnz,
+        nnz,
         base_hash % 2**64,
         len(shape),
-        0,
+        code,
     )
     whole = (HEADER.pack(*fields, *dims) + descriptors).ljust(start, b"\0") + payload
     whole = whole.ljust(-(-(len(whole) + SPARE_BYTES) // 64) * 64, b"\0")
@@ -131,14 +206,81 @@ def pack(planes: Tensor, shape: list[int], scale: float, sigma: float, base_hash
     return torch.frombuffer(bytearray(whole), dtype=torch.uint8)
 
 
-def unpack(data: Tensor) -> Tensor:
-    """Planes of packed bytes. Raises ValueError where they are damaged."""
+def unpack_ternary(data: Tensor) -> Tensor:
+    """Planes of a packed ternary vector. Raises ValueError where it is damaged."""
+    return _planes(_unpack(data, lambda signs, octets, bit: signs))
+
+
+def unpack_values(data: Tensor) -> tuple[Tensor, Tensor]:
+    """Planes, and t in float32."""
+    dtype = read_header("decompress", data).dtype
+
+    def read(signs: list[int], octets: bytes, bit: int) -> list[tuple[int, float]] | None:
+        begin, count = -(-bit // 32) * 4, sum(map(abs, signs))
+        held = octets[begin : begin + count * dtype.itemsize]
+        if len(held) < count * dtype.itemsize:
+            return None
+        magnitudes = torch.frombuffer(bytearray(held), dtype=dtype).float() if held else torch.empty(0)
+        if not bool(((magnitudes >= 0) & (magnitudes <= 1)).all()):
+            return None
+        following = iter(magnitudes.tolist())
+        return [(sign, sign * next(following) if sign else 0.0) for sign in signs]
+
+    found = _unpack(data, read)
+    t = torch.tensor([value for _, value in found], dtype=torch.float32)
+    return _planes([sign for sign, _ in found]), t
+
+
+def apply_patch(weight: Tensor, data: Tensor, back: bool) -> None:
+    at, every = in_order(weight), 2 ** (8 * weight.dtype.itemsize)
+    steps = _unpack(data, _reader_of_steps(weight.dtype))
+    moved = [(a - step if back else a + step) + every // 2 for a, step in zip(at, steps, strict=True)]
+    signed = torch.tensor([a % every - every // 2 for a in moved], dtype=torch.int64)
+    pattern = torch.where(signed < 0, signed ^ (every // 2 - 1), signed)
+    weight.copy_(pattern.to(bits(weight).dtype).view(weight.dtype).view(weight.shape))
+
+
+def check_patch(data: Tensor) -> None:
+    _unpack(data, _reader_of_steps(read_header("decompress", data).dtype))
+
+
+def _reader_of_steps(dtype: torch.dtype):
+    def read(signs: list[int], octets: bytes, bit: int) -> list[int] | None:
+        at, end = -(-bit // 32) * 32, 8 * len(octets)
+        stream, lows = int.from_bytes(octets, "little"), []
+        for _ in range(sum(map(abs, signs))):
+            low = 0
+            while at < end and not stream >> at & 1:
+                low, at = low + 1, at + 1
+            at += 1
+            if at > end or low >= 8 * dtype.itemsize:
+                return None
+            lows.append(low)
+        if at + sum(lows) > end:
+            return None
+        sizes = []
+        for low in lows:
+            sizes.append(1 << low | stream >> at & (1 << low) - 1)
+            at += low
+        following = iter(sizes)
+        return [sign * next(following) if sign else 0 for sign in signs]
+
+    return read
+
+
+def _planes(signs: list[int]) -> Tensor:
+    return TernaryDelta.from_signs(torch.tensor(signs, dtype=torch.int8)).planes
+
+
+def _unpack(data: Tensor, read) -> list:
+    """read(signs, bytes of the payload from the block on, bit after its signs) of all blocks, which gives one entry for
+    each element, or None where the block is damaged."""
     whole = data.numpy().tobytes()
     fields = HEADER.unpack(whole[:HEADER_BYTES])
     numel, num_blocks, crc, start = fields[1], fields[3], fields[7], fields[8]
     if crc != crc32c(whole[:36] + bytes(4) + whole[40:]):
         raise ValueError("decompress: the packed task vector is damaged: its checksum does not match")
-    signs: list[int] = []
+    entries: list = []
     for block in range(num_blocks):
         word = int.from_bytes(whole[HEADER_BYTES + 8 * block :][:8], "little")
         offset, count, mode, k = 4 * (word & 2**34 - 1), word >> 34 & 2**15 - 1, word >> 49 & 7, word >> 52
@@ -147,10 +289,11 @@ def unpack(data: Tensor) -> Tensor:
         decoded = None
         if count <= size and k < 12 and start + offset <= len(whole) - SPARE_BYTES:
             decoded = _unpack_block(int.from_bytes(octets, "little"), 8 * len(octets), size, count, mode, k)
+        decoded = None if decoded is None else read(decoded[0], octets, decoded[1])
         if decoded is None:
             raise ValueError(f"decompress: block {block} of the packed task vector is damaged")
-        signs += decoded
-    return TernaryDelta.from_signs(torch.tensor(signs, dtype=torch.int8)).planes
+        entries += decoded
+    return entries
 
 
 class _Bits:
@@ -207,8 +350,8 @@ def _words(bits: _Bits) -> bytes:
     return bits.value.to_bytes(-(-bits.count // 32) * 4, "little")
 
 
-def _unpack_block(stream: int, num_bits: int, size: int, count: int, mode: int, k: int) -> list[int] | None:
-    """The signs of one block, None where the bits are none."""
+def _unpack_block(stream: int, num_bits: int, size: int, count: int, mode: int, k: int) -> tuple | None:
+    """The signs of one block and the bit after them, None where the bits are none."""
 
     def rice(number: int, width: int) -> tuple[list[int], list[int], int] | None:
         """Fields, positions and the bit after them."""
@@ -226,7 +369,7 @@ def _unpack_block(stream: int, num_bits: int, size: int, count: int, mode: int, 
         return fields, positions, at
 
     if mode == 0:
-        return [0] * size if count == 0 else None
+        return ([0] * size, 0) if count == 0 else None
     if mode == 1:
         found = rice(count, k + 1)
         if found is None or count == 0:
@@ -234,7 +377,7 @@ def _unpack_block(stream: int, num_bits: int, size: int, count: int, mode: int, 
         signs = [0] * size
         for field, position in zip(found[0], found[1], strict=True):
             signs[position] = 1 - 2 * (field & 1)
-        return signs
+        return signs, found[2]
     if mode == 2:
         marks, end = [stream >> i & 1 for i in range(size)], size
     elif mode == 3:
@@ -251,7 +394,7 @@ def _unpack_block(stream: int, num_bits: int, size: int, count: int, mode: int, 
     if sum(marks) != count or end + count > num_bits:
         return None
     negative = iter([stream >> end + i & 1 for i in range(count)])
-    return [mark * (1 - 2 * next(negative)) if mark else 0 for mark in marks]
+    return [mark * (1 - 2 * next(negative)) if mark else 0 for mark in marks], end + count
 
 
 def crc32c(octets: bytes) -> int:
