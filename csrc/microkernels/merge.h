@@ -51,16 +51,10 @@ MOE_INLINE void random_bits(uint64_t key, int64_t first, int64_t n, uint32_t* bi
   }
 }
 
-// t = expert - base of the kept elements, 0 elsewhere. `first` is a multiple of 4.
+// 0 where source does not keep t; the others are rescaled.
 template <class T>
-MOE_INLINE void kept_differences(const T* base, const T* expert, int64_t first, int64_t n,
-                                 const MergeSource<acc_t<T>>& source, acc_t<T>* t) {
+MOE_INLINE void keep_some(int64_t first, int64_t n, const MergeSource<acc_t<T>>& source, acc_t<T>* t) {
   using Acc = acc_t<T>;
-  // a block is half a page of each of many streams: too short for the processor to see that more will follow
-  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(expert + n + i, 0, 2);
-  for (int64_t i = 0; i < n; ++i) t[i] = to_acc(expert[i]);
-  if (base != nullptr)
-    for (int64_t i = 0; i < n; ++i) t[i] -= to_acc(base[i]);
   if (source.lower > 0 || source.upper < INT32_MAX) {
     const int32_t lower = static_cast<int32_t>(source.lower), upper = static_cast<int32_t>(source.upper);
     const int64_t lower_end = source.lower_end - first, upper_end = source.upper_end - first;
@@ -94,6 +88,25 @@ MOE_INLINE void kept_differences(const T* base, const T* expert, int64_t first, 
     for (int64_t i = 0; i < n; ++i) t[i] = t[i] / source.rescale;
 }
 
+// t = expert - base, or what is given, of the kept elements, 0 elsewhere. `first` is a multiple of 4.
+template <class T>
+MOE_INLINE void kept_differences(const T* base, const MergeExpert<T>& expert_in, int64_t first, int64_t n,
+                                 const MergeSource<acc_t<T>>& source, acc_t<T>* t) {
+  using Acc = acc_t<T>;
+  if (expert_in.given != nullptr) {
+    std::memcpy(t, expert_in.given, static_cast<size_t>(n) * sizeof(Acc));
+    keep_some<T>(first, n, source, t);
+    return;
+  }
+  const T* expert = expert_in.values + first;
+  // a block is half a page of each of many streams: too short for the processor to see that more will follow
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(expert + n + i, 0, 2);
+  for (int64_t i = 0; i < n; ++i) t[i] = to_acc(expert[i]);
+  if (base != nullptr)
+    for (int64_t i = 0; i < n; ++i) t[i] -= to_acc(base[i]);
+  keep_some<T>(first, n, source, t);
+}
+
 // Elements whose sum is zero although a term is not.
 template <class Acc>
 MOE_INLINE int64_t count_undecided(const Acc* sum, const Acc* deltas, int64_t n, int64_t num_sources) {
@@ -106,14 +119,14 @@ MOE_INLINE int64_t count_undecided(const Acc* sum, const Acc* deltas, int64_t n,
 }
 
 template <class T>
-static int64_t merge(const T* base, const T* const* experts, int64_t first, int64_t n, const MergeSource<acc_t<T>>* sources,
+static int64_t merge(const T* base, const MergeExpert<T>* experts, int64_t first, int64_t n, const MergeSource<acc_t<T>>* sources,
                      int64_t num_sources, const MergeRule<acc_t<T>>& rule, acc_t<T>* deltas, T* out) {
   using Acc = acc_t<T>;
   Acc sum[kMergeBlock] = {}, total[kMergeBlock] = {};
   const T* from = base == nullptr ? nullptr : base + first;
   for (int64_t k = 0; k < num_sources; ++k) {
     Acc* t = deltas + k * kMergeBlock;
-    kept_differences(from, experts[k] + first, first, n, sources[k], t);
+    kept_differences(from, experts[k], first, n, sources[k], t);
     if (sources[k].before != Acc(1))
       for (int64_t i = 0; i < n; ++i) t[i] = t[i] * sources[k].before;
     if (rule.election != Election::none)
@@ -161,7 +174,7 @@ static int64_t merge(const T* base, const T* const* experts, int64_t first, int6
 }
 
 template <class T>
-static void magnitudes(const T* base, const T* expert, int64_t first, int64_t n, const MergeSource<acc_t<T>>& source,
+static void magnitudes(const T* base, const MergeExpert<T>& expert, int64_t first, int64_t n, const MergeSource<acc_t<T>>& source,
                        double* sums) {
   using Acc = acc_t<T>;
   MergeSource<Acc> all{.lower = 0,
@@ -177,7 +190,7 @@ static void magnitudes(const T* base, const T* expert, int64_t first, int64_t n,
   Acc t[kMergeBlock];
   const T* from = base == nullptr ? nullptr : base + first;
   for (int pass = 0; pass < 2; ++pass) {
-    kept_differences(from, expert + first, first, n, pass == 0 ? all : source, t);
+    kept_differences(from, expert, first, n, pass == 0 ? all : source, t);
     double lanes[8] = {};
     for (int64_t i = 0; i < n; ++i) lanes[i % 8] += static_cast<double>(t[i] < 0 ? -t[i] : t[i]);
     for (const double lane : lanes) sums[pass] += lane;

@@ -1,6 +1,11 @@
 """``python -m moe_kernels merge`` on real files."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +14,7 @@ pytest.importorskip("safetensors")
 from safetensors.torch import load_file, save_file
 
 from moe_kernels import merge
-from moe_kernels.integrations.safetensors import Checkpoint, writer
+from moe_kernels.integrations.safetensors import Checkpoint, load_task_vectors, writer
 from tests.commands.test_compress_command import refused, run, save_sharded, state, tuned
 
 
@@ -42,6 +47,94 @@ def test_merge_is_the_function(folder, method, semantics):
     )
     found = load_file(out)
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic"])
+def test_task_vectors_are_merged_as_they_lie(folder, method):
+    """Compressed files beside a whole checkpoint; the tensor that was left out of one was not changed by it."""
+    base_file, out = folder / "base.safetensors", folder / "out.safetensors"
+    deltas = [folder / f"delta{seed}.safetensors" for seed in (1, 2)]
+    for seed, delta in zip((1, 2), deltas, strict=True):
+        left = ["--leave-out", "layers.1.*"] if seed == 2 else []
+        run("compress", base_file, folder / f"tuned{seed}.safetensors", "-o", delta, "--density", "0.3", *left)
+    run("merge", *deltas, folder / "tuned3.safetensors", "--base", base_file, "-o", out, "--method", method)
+    base, third = loaded(folder, "base", "tuned3")
+    vectors = [load_task_vectors(delta) for delta in deltas]
+    assert "layers.1.proj.weight" not in vectors[1]
+    expected = merge(base, [*vectors, third], method=method)
+    found = load_file(out)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_task_vectors_that_cannot_be_merged(folder, capsys):
+    base, out = folder / "base.safetensors", folder / "out.safetensors"
+    delta, patch = folder / "delta.safetensors", folder / "patch.safetensors"
+    run("compress", base, folder / "tuned1.safetensors", "-o", delta)
+    run("compress", base, folder / "tuned1.safetensors", "-o", patch, "--lossless")
+    assert "patches cannot be merged" in refused(capsys, "merge", patch, "--base", base, "-o", out)
+    assert "--base must be given" in refused(capsys, "merge", delta, "-o", out)
+    assert "density must be 1 for task vectors" in refused(
+        capsys, "merge", delta, "--base", base, "--density", "0.2", "-o", out
+    )
+
+
+MEBIBYTE = 2**20
+
+
+@pytest.fixture
+def limited():
+    """Runs Python in a memory cgroup of some mebibytes: what it allocates and the pages of files that it reads."""
+    root = Path("/sys/fs/cgroup")
+    v1, v2 = root / "memory" / "memory.limit_in_bytes", root / "cgroup.subtree_control"
+    parent, limit = (v1.parent, v1.name) if v1.exists() else (root, "memory.max")
+    group = parent / f"moe_kernels_{os.getpid()}"
+    try:
+        group.mkdir()
+        if not (group / limit).exists():
+            raise OSError(f"{v2} does not give memory to groups")
+    except OSError as error:
+        pytest.skip(f"no memory cgroup can be made: {error}")
+
+    def run_limited(mebibytes: int, program: str, *arguments) -> subprocess.CompletedProcess:
+        (group / limit).write_text(str(mebibytes * MEBIBYTE))
+        join = f"import os; open({str(group / 'cgroup.procs')!r}, 'w').write(str(os.getpid()))\n"
+        command = [sys.executable, "-c", join + program, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    yield run_limited
+    group.rmdir()
+
+
+MERGE = """
+import sys
+from moe_kernels.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+ALL_AT_ONCE = """
+import pathlib, sys
+from safetensors.torch import load_file
+models = [[load_file(file) for file in pathlib.Path(path).iterdir()] for path in sys.argv[1:]]
+held = [[w.clone() for w in part.values()] for model in models for part in model]
+"""
+
+
+def test_a_merge_larger_than_memory(tmp_path, limited):
+    """A base and eight fine-tunes, 1152 MiB together, by official TIES in a memory of 640 MiB, of which PyTorch takes
+    300: a program that holds them all is killed in it."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(1024, 4096, generator=generator) for _ in range(16)]
+    for model in range(9):
+        tuned = {f"layers.{i}": (w + 0.01 * w.roll(model + 1)).bfloat16() for i, w in enumerate(weights)}
+        (tmp_path / f"model{model}").mkdir()
+        for half in (0, 1):
+            part = {name: tuned[name] for name in list(tuned)[8 * half : 8 * half + 8]}
+            save_file(part, tmp_path / f"model{model}" / f"model-{half}.safetensors")
+    folders = [tmp_path / f"model{model}" for model in range(9)]
+    options = ["--base", folders[0], "--density", "0.2", "-o", tmp_path / "out"]
+    done = limited(640, MERGE, "merge", *folders[1:], *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(Checkpoint(tmp_path / "out")) == 16
+    assert limited(640, ALL_AT_ONCE, *folders).returncode == -signal.SIGKILL
 
 
 def test_without_a_base(folder):

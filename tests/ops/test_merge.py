@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_kernels import merge, merge_tensors
+from moe_kernels import compress, decompress, merge, merge_tensors
 from moe_kernels.ops.merge import native, recipe, reference
 from moe_kernels.ops.merge.methods import METHODS, SEMANTICS
 from moe_kernels.testing import assert_close_to_reference
@@ -432,7 +432,80 @@ def test_bad_input():
 def test_registration():
     base, experts = models(5000)
     kept = recipe.Recipe([recipe.Source(lower=0x3B000000) for _ in experts], election="sum_not_negative")
-    sources = (base, experts, *native._sources(kept))
+    sources = (base, experts, *native._sources(experts, kept)[1:])
     torch.library.opcheck(native.merge_op, (*sources, 1, 1, 1.0, 0, 1.0), test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(native.kept_magnitudes_op, sources)
     assert native.elected_signs(base, experts, kept) == reference.elected_signs(base, experts, kept)
+
+
+def vectors_of(count: int, size: int, dtype: torch.dtype):
+    """A base, task vectors of every kind, and each as a float32 difference."""
+    generator = seeded(5)
+    base = (torch.randn(size, generator=generator, dtype=torch.float64) * 0.02).to(dtype)
+    dense = [torch.randn(size, generator=generator) * 1e-3 for _ in range(count)]
+    packed = [
+        compress(t, density, values=values)
+        for t, density, values in zip(dense, (0.1, 0.5, 0.3), (None, None, torch.float16), strict=True)
+    ]
+    experts = [packed[0], decompress(packed[1]), packed[2]]
+    return base, experts, [expert.dense(torch.float64) for expert in experts]
+
+
+@pytest.mark.parametrize("size", [1, 63, 1024, 4097, 70_001])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(method="task_arithmetic", semantics="peft", weights=[1.0, -0.5, 2.0], lambda_=0.7),
+        dict(method="ties"),
+        dict(method="ties", semantics="mergekit", weights=[1.0, 0.5, 2.0]),
+        dict(method="dare_ties", semantics="mergekit", density=0.5, weights=[1.0, 0.5, 2.0]),
+        dict(method="dare_linear", semantics="peft", density=0.3),
+    ],
+    ids=str,
+)
+def test_task_vectors_are_merged_as_they_lie(backend, dtype, size, options):
+    base, experts, dense = vectors_of(3, size, dtype)
+    found = merge(base, experts, **options, backend=backend)
+    expected = merge(base, experts, **options, backend="reference")
+    assert found.dtype == dtype and torch.equal(found, expected)
+    # against whole tensors in float64, from which the differences come back as they were
+    zeros = torch.zeros(size, dtype=torch.float64)
+    whole = merge(zeros, dense, **options, backend="reference")
+    assert_close_to_reference(found, base.double() + whole, expected, "merged")
+
+
+def test_task_vectors_beside_whole_tensors(backend, threads):
+    base, experts, dense = vectors_of(3, 70_001, torch.float32)
+    mixed = [experts[0], base + dense[1].float(), experts[2]]
+    for options in (dict(method="ties"), dict(method="dare_ties", semantics="mergekit", density=0.5)):
+        assert torch.equal(
+            merge(base, mixed, **options, backend=backend), merge(base, mixed, **options, backend="reference")
+        )
+
+
+def test_a_task_vector_may_lack_tensors(backend):
+    base = {"w": torch.randn(5, 7), "half": torch.randn(70), "ids": torch.arange(3), "same": torch.tensor([-0.0])}
+    one = {name: compress(torch.randn(base[name].shape), 0.5) for name in ("w", "half")}
+    two = {"w": decompress(compress(torch.randn(5, 7), 0.5))}
+    for method in ("ties", "task_arithmetic"):
+        merged = merge(base, [one, two], method=method, backend=backend)
+        assert set(merged) == set(base) and torch.equal(merged["ids"], base["ids"])
+        assert torch.equal(merged["w"], merge(base["w"], [one["w"], two["w"]], method=method, backend="reference"))
+        assert torch.equal(merged["half"], base["half"] + one["half"].dense())
+        assert torch.equal(merged["same"].view(torch.int32), base["same"].view(torch.int32))
+
+
+def test_what_task_vectors_cannot_be_merged_by():
+    base, experts, _ = vectors_of(3, 100, torch.float32)
+    for method in ("linear", "model_stock", "breadcrumbs", "slerp"):
+        with pytest.raises(ValueError, match="must be one of task_arithmetic, ties, dare_linear, dare_ties for task"):
+            merge(base, experts[: 1 if method == "slerp" else 3], method=method)
+    with pytest.raises(ValueError, match="density must be 1 for task vectors, which are trimmed already, got 0.5"):
+        merge(base, experts, density=0.5)
+    with pytest.raises(ValueError, match="base must be given"):
+        merge(None, experts)
+    with pytest.raises(ValueError, match=r"of shape \[100\] like its task vector"):
+        merge(base.view(10, 10), experts)
+    with pytest.raises(ValueError, match="task vectors of the base's tensors, got others: other"):
+        merge({"w": base}, [{"other": experts[0]}])

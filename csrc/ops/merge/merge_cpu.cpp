@@ -1,9 +1,10 @@
 // Merging of experts' tensors on the CPU: one pass over the base and all experts, a block of 1024 elements at a time;
-// nothing is allocated but the result. python/moe_kernels/ops/merge/recipe.py has the equations.
+// nothing is allocated but the result. Experts may be task vectors, which stay compressed. python/moe_kernels/ops/merge/recipe.py has the equations.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <atomic>
+#include <deque>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -13,6 +14,7 @@
 #include "common/parallel.h"
 #include "common/workspace.h"
 #include "microkernels/merge_table.h"
+#include "ops/task_vector/task_vector.h"
 
 namespace moe {
 namespace {
@@ -21,30 +23,40 @@ constexpr int64_t kBlocksPerTask = 64;
 constexpr int64_t kBounds = 5;   // lower, lower_end, upper, upper_end, keep_below
 constexpr int64_t kFactors = 4;  // rescale, before, after, divisor
 
+// A call's tensors: weights, or task vectors (planes or packed) that are decoded a block of the packed format at a time.
 template <class T>
 struct Call {
+  using Acc = acc_t<T>;
   const T* base;
-  std::vector<const T*> experts;
-  std::vector<MergeSource<acc_t<T>>> sources;
   int64_t numel;
+  std::vector<const T*> experts;            // null: a task vector
+  std::deque<TernarySources<Acc>> vectors;  // of one each; they do not move
+  std::vector<size_t> vector_of;            // the expert that each of them is
+  std::vector<MergeSource<Acc>> sources;
 
-  Call(const std::optional<Tensor>& base_in, const std::vector<Tensor>& tensors, const std::vector<int64_t>& bounds,
-       const std::vector<int64_t>& keys, const std::vector<double>& factors)
-      : base(base_in ? data<T>(*base_in) : nullptr), numel(tensors.empty() ? 0 : tensors[0].numel()) {
+  // scales: of the task vectors
+  Call(const std::optional<Tensor>& base_in, const std::vector<Tensor>& tensors, const std::vector<double>& scales,
+       const std::vector<int64_t>& bounds, const std::vector<int64_t>& keys, const std::vector<double>& factors)
+      : base(base_in ? data<T>(*base_in) : nullptr), numel(base_in ? base_in->numel() : tensors[0].numel()) {
     const size_t count = tensors.size();
-    MOE_CHECK(count > 0 && bounds.size() == count * kBounds && factors.size() == count * kFactors && keys.size() == count,
-              "merge: there must be bounds, keys and factors for each expert");
-    MOE_CHECK(!base_in || (base_in->is_contiguous() && base_in->numel() == numel &&
-                           base_in->scalar_type() == tensors[0].scalar_type()),
-              "merge: base must be contiguous, of the experts' shape and dtype");
+    MOE_CHECK(bounds.size() == count * kBounds && factors.size() == count * kFactors && keys.size() == count &&
+                  scales.size() == count,
+              "merge: there must be scales, bounds, keys and factors for each expert");
+    MOE_CHECK(!base_in || base_in->is_contiguous(), "merge: base must be contiguous");
+    const ScalarType dtype = (base_in ? *base_in : tensors[0]).scalar_type();
     for (size_t k = 0; k < count; ++k) {
-      MOE_CHECK(tensors[k].is_contiguous() && tensors[k].numel() == numel &&
-                    tensors[k].scalar_type() == tensors[0].scalar_type(),
-                "merge: experts must be contiguous, of one shape and dtype");
-      experts.push_back(data<T>(tensors[k]));
+      if (is_task_vector(tensors[k])) {
+        MOE_CHECK(base_in, "merge: task vectors must have a base");
+        experts.push_back(nullptr);
+        vectors.emplace_back("merge", std::vector<Tensor>{tensors[k]}, std::vector<double>{scales[k]}, numel);
+        vector_of.push_back(k);
+      } else {
+        MOE_CHECK(tensors[k].is_contiguous() && tensors[k].numel() == numel && tensors[k].scalar_type() == dtype,
+                  "merge: base and experts must be contiguous, of one shape and dtype");
+        experts.push_back(data<T>(tensors[k]));
+      }
       const int64_t* bound = bounds.data() + k * kBounds;
       const double* factor = factors.data() + k * kFactors;
-      using Acc = acc_t<T>;
       sources.push_back({.lower = bound[0],
                          .lower_end = bound[1],
                          .upper = bound[2],
@@ -58,9 +70,39 @@ struct Call {
     }
   }
 
+  static bool is_task_vector(const Tensor& tensor) {
+    return tensor.scalar_type() == ScalarType::Byte || tensor.scalar_type() == ScalarType::Long;
+  }
+
   int64_t num_blocks() const { return (numel + kMergeBlock - 1) / kMergeBlock; }
-  int64_t size(int64_t block) const { return std::min(kMergeBlock, numel - block * kMergeBlock); }
+
+  // Calls each(experts, first element, count) for blocks [begin, end), which are whole blocks of the packed format.
+  template <class F>
+  void blocks(int64_t begin, int64_t end, const F& each) const {
+    Scratch scratch;
+    MergeExpert<T>* here = scratch.take<MergeExpert<T>>(static_cast<int64_t>(experts.size()));
+    Acc* given = scratch.take<Acc>(static_cast<int64_t>(vectors.size()) * kTernaryBlock);
+    for (size_t k = 0; k < experts.size(); ++k) here[k] = {experts[k], nullptr};
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b * kMergeBlock, inside = first % kTernaryBlock;
+      for (size_t v = 0; v < vectors.size(); ++v) {
+        Acc* t = given + static_cast<int64_t>(v) * kTernaryBlock;
+        if (inside == 0) {  // value t added to zeros is itself
+          const int64_t size = vectors[v].block_size(first / kTernaryBlock);
+          fill_zero(t, size);
+          task_vector_kernels<Acc>().apply(t, size, vectors[v].block(first / kTernaryBlock), 1);
+        }
+        here[vector_of[v]].given = t + inside;
+      }
+      each(here, first, std::min(kMergeBlock, numel - first));
+    }
+  }
+
+  void check_whole() const {
+    for (const auto& vector : vectors) vector.check_whole("merge");
+  }
 };
+static_assert(kBlocksPerTask * kMergeBlock % kTernaryBlock == 0);
 
 // The sum of what the kernel returns; writes the merged tensor where there is an `out`.
 template <class T>
@@ -71,24 +113,31 @@ int64_t run(const Call<T>& call, const MergeRule<acc_t<T>>& rule, T* out) {
     Scratch scratch;
     acc_t<T>* deltas = scratch.take<acc_t<T>>(count * kMergeBlock);
     int64_t here = 0;
-    for (int64_t b = begin; b < end; ++b)
-      here += merge_kernels<T>().merge(call.base, call.experts.data(), b * kMergeBlock, call.size(b), call.sources.data(),
-                                       count, rule, deltas, out);
+    call.blocks(begin, end, [&](const MergeExpert<T>* experts, int64_t first, int64_t n) {
+      here += merge_kernels<T>().merge(call.base, experts, first, n, call.sources.data(), count, rule, deltas, out);
+    });
     sum += here;
   });
+  call.check_whole();
   return sum;
 }
 
-// And how many elements wait for a zero_sign.
-std::tuple<Tensor, int64_t> merge_cpu(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<int64_t> bounds,
-                 std::vector<int64_t> keys, std::vector<double> factors, int64_t election, int64_t divisor,
-                 double constant, int64_t zero_sign, double lambda) {
+// What the result is like: task vectors have no dtype of weights.
+const Tensor& like(const std::optional<Tensor>& base, const std::vector<Tensor>& experts) {
   MOE_CHECK(!experts.empty(), "merge: there must be an expert");
-  Tensor out = new_result(experts[0], {experts[0].numel()});
+  return base ? *base : experts[0];
+}
+
+// And how many elements wait for a zero_sign.
+std::tuple<Tensor, int64_t> merge_cpu(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> scales,
+                                      std::vector<int64_t> bounds, std::vector<int64_t> keys, std::vector<double> factors,
+                                      int64_t election, int64_t divisor, double constant, int64_t zero_sign,
+                                      double lambda) {
+  Tensor out = new_result(like(base, experts), {like(base, experts).numel()});
   int64_t undecided = 0;
-  dispatch_float("merge", experts[0].scalar_type(), [&]<class T>() {
+  dispatch_float("merge", like(base, experts).scalar_type(), [&]<class T>() {
     using Acc = acc_t<T>;
-    const Call<T> call(base, experts, bounds, keys, factors);
+    const Call<T> call(base, experts, scales, bounds, keys, factors);
     undecided = run<T>(
         call,
            {.election = static_cast<Election>(election),
@@ -102,40 +151,40 @@ std::tuple<Tensor, int64_t> merge_cpu(std::optional<Tensor> base, std::vector<Te
 }
 
 // Sum over all elements of the sign of the experts' sum.
-int64_t elected_signs_cpu(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<int64_t> bounds,
-                          std::vector<int64_t> keys, std::vector<double> factors) {
-  MOE_CHECK(!experts.empty(), "merge: there must be an expert");
+int64_t elected_signs_cpu(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> scales,
+                          std::vector<int64_t> bounds, std::vector<int64_t> keys, std::vector<double> factors) {
   int64_t signs = 0;
-  dispatch_float("merge", experts[0].scalar_type(), [&]<class T>() {
-    const Call<T> call(base, experts, bounds, keys, factors);
+  dispatch_float("merge", like(base, experts).scalar_type(), [&]<class T>() {
+    const Call<T> call(base, experts, scales, bounds, keys, factors);
     signs = run<T>(call, {Election::sign_of_sum, Divisor::one, 1, 0, 1}, nullptr);
   });
   return signs;
 }
 
 // [num_experts, 2] float64: sums of |t|, over all elements and over those that are kept, without rescaling
-Tensor kept_magnitudes_cpu(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<int64_t> bounds,
-                           std::vector<int64_t> keys, std::vector<double> factors) {
-  MOE_CHECK(!experts.empty(), "merge: there must be an expert");
+Tensor kept_magnitudes_cpu(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> scales,
+                           std::vector<int64_t> bounds, std::vector<int64_t> keys, std::vector<double> factors) {
   const int64_t count = static_cast<int64_t>(experts.size());
-  Tensor result = torch::stable::new_empty(experts[0], {count, 2}, ScalarType::Double);
-  dispatch_float("merge", experts[0].scalar_type(), [&]<class T>() {
-    const Call<T> call(base, experts, bounds, keys, factors);
+  Tensor result = torch::stable::new_empty(like(base, experts), {count, 2}, ScalarType::Double);
+  dispatch_float("merge", like(base, experts).scalar_type(), [&]<class T>() {
+    const Call<T> call(base, experts, scales, bounds, keys, factors);
     const int64_t num_tasks = (call.num_blocks() + kBlocksPerTask - 1) / kBlocksPerTask;
-    for (int64_t k = 0; k < count; ++k) {
-      Scratch scratch;
-      double* partial = scratch.take<double>(2 * num_tasks);
-      fill_zero(partial, 2 * num_tasks);
-      parallel_tasks(num_tasks, [&](int64_t task) {
-        const int64_t end = std::min(call.num_blocks(), (task + 1) * kBlocksPerTask);
-        const auto expert = static_cast<size_t>(k);
-        for (int64_t b = task * kBlocksPerTask; b < end; ++b)
-          merge_kernels<T>().magnitudes(call.base, call.experts[expert], b * kMergeBlock, call.size(b),
-                                        call.sources[expert], partial + 2 * task);
+    Scratch scratch;
+    double* partial = scratch.take<double>(2 * num_tasks * count);
+    fill_zero(partial, 2 * num_tasks * count);
+    parallel_tasks(num_tasks, [&](int64_t task) {
+      const int64_t end = std::min(call.num_blocks(), (task + 1) * kBlocksPerTask);
+      call.blocks(task * kBlocksPerTask, end, [&](const MergeExpert<T>* here, int64_t first, int64_t n) {
+        for (int64_t k = 0; k < count; ++k)
+          merge_kernels<T>().magnitudes(call.base, here[k], first, n, call.sources[static_cast<size_t>(k)],
+                                        partial + 2 * (k * num_tasks + task));
       });
+    });
+    call.check_whole();
+    for (int64_t k = 0; k < count; ++k) {
       double* sums = mutable_data<double>(result) + 2 * k;
       sums[0] = sums[1] = 0;
-      for (int64_t i = 0; i < 2 * num_tasks; ++i) sums[i % 2] += partial[i];
+      for (int64_t i = 0; i < 2 * num_tasks; ++i) sums[i % 2] += partial[2 * k * num_tasks + i];
     }
   });
   return result;

@@ -15,7 +15,7 @@ from moe_kernels.commands.arguments import (
     progress_bar,
 )
 
-HELP = "several fine-tuned checkpoints as one"
+HELP = "several fine-tuned checkpoints, or files of task vectors, as one"
 #: option -> key of moe_kernels.merge, for what a file of settings may hold under `parameters`
 _NUMBERS = {
     "density": "density", "lambda": "lambda_", "gamma": "gamma", "epsilon": "epsilon", "select_topk": "select_topk",
@@ -24,7 +24,9 @@ _NUMBERS = {
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("models", nargs="*", metavar="MODEL[=WEIGHT]", help="files or folders; weight 1 unless given")
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL[=WEIGHT]", help="files or folders, or what compress wrote; weight 1"
+    )
     parser.add_argument("--base", help="what they were fine-tuned from")
     parser.add_argument(
         "--out", "-o", required=True, help="file or folder to write, like the base; its shards that are done are kept"
@@ -46,12 +48,16 @@ def main(arguments: Namespace) -> None:
     base_path, models, options = _from_config(arguments) if arguments.config else _from_options(arguments)
     if not models:
         raise CommandError("merge: there must be a model to merge; give files or folders, or --config")
-    experts = [Checkpoint(path) for path, _ in models]
+    experts = [_load(path) for path, _ in models]
     base = Checkpoint(base_path) if base_path else None
     like = base or experts[0]
+    if isinstance(like, dict):
+        raise CommandError("merge: --base must be given where the first model is a file of task vectors")
     names = [name for name in like if not is_left_out(name, arguments.leave_out)]
     for (path, _), expert in zip(models, experts, strict=True):
-        lone = {name for name in expert.keys() ^ like.keys() if not is_left_out(name, arguments.leave_out)}
+        # task vectors need not have every tensor: what they lack was not changed
+        lone = expert.keys() - like.keys() if isinstance(expert, dict) else expert.keys() ^ like.keys()
+        lone = {name for name in lone if not is_left_out(name, arguments.leave_out)}
         if lone:
             raise CommandError(
                 f"merge: {path} and {like.path} must have the same tensors, got in one alone: {listed(sorted(lone))}; "
@@ -67,7 +73,7 @@ def main(arguments: Namespace) -> None:
     with progress_bar(len(like), "merge") as bar:
         merged = merge_tensors(
             None if base is None else Part(base, names),
-            [Part(expert, names) for expert in experts],
+            [_part(expert, names) for expert in experts],
             weights=weights if any(weight != 1 for weight in weights) else None,
             names=queue(),
             **options,
@@ -86,6 +92,28 @@ def main(arguments: Namespace) -> None:
         f"{arguments.out}: {options['semantics']} {options['method']} of {len(models)} models, {len(names)} of "
         f"{len(like)} tensors" + (f"; kept {listed(kept)}" if kept else "")
     )
+
+
+def _load(path: str):
+    """A checkpoint, or the task vectors of a file that compress wrote."""
+    from moe_kernels import Patch
+    from moe_kernels.integrations.safetensors import Checkpoint, load_task_vectors
+    from moe_kernels.integrations.safetensors.task_vectors import FORMAT
+
+    checkpoint = Checkpoint(path)
+    if checkpoint.metadata.get("format") != FORMAT:
+        return checkpoint
+    deltas = load_task_vectors(path)
+    patches = [name for name, delta in deltas.items() if isinstance(delta, Patch)]
+    if patches:
+        raise CommandError(f"merge: {path}: patches cannot be merged, got those of {listed(patches)}; apply them first")
+    return deltas
+
+
+def _part(expert, names: list[str]) -> Mapping:
+    if isinstance(expert, dict):
+        return {name: delta for name, delta in expert.items() if name in set(names)}
+    return Part(expert, names)
 
 
 class Part(Mapping):

@@ -8,14 +8,24 @@ from torch import Tensor
 
 from moe_kernels._checks import FLOAT_DTYPES, check_same_device, check_tensor, dtype_error, shape_error, value_error
 from moe_kernels._dispatch import Backend
-from moe_kernels.ops.merge.methods import METHODS, Settings, check_settings, merge_one, prepare
+from moe_kernels.ops.merge.methods import (
+    METHODS,
+    Settings,
+    check_settings,
+    check_takes_task_vectors,
+    merge_one,
+    prepare,
+)
+from moe_kernels.ops.merge.recipe import Expert, held
+from moe_kernels.ops.task_vector.packed import PackedDelta
+from moe_kernels.ops.task_vector.ternary import TernaryDelta
 
 Weights = Sequence[float] | Callable[[str], Sequence[float]]
 
 
 def merge(
     base: Tensor | Mapping[str, Tensor] | None,
-    experts: Sequence[Tensor | Mapping[str, Tensor]],
+    experts: Sequence[Expert | Mapping[str, Expert]],
     *,
     method: str = "ties",
     semantics: str = "official",
@@ -76,7 +86,9 @@ def merge(
     Args:
         base: what the experts were fine-tuned from; may be None for linear and slerp.
         experts: tensors of one shape and dtype, or mappings of the same names. Tensors that are not floating must
-            be equal in all of them, and are passed on.
+            be equal in all of them, and are passed on. Or task vectors ``t_k`` themselves, ternary or packed, which
+            are read as they lie, a block at a time: task_arithmetic, ties (with density 1: they are trimmed) and
+            dare. A dict of those need not have every name of the base: what it lacks, its expert did not change.
         weights: one for each expert, default 1; or a function of the tensor's name that gives them (layer tables).
         density, lambda_, normalize, gamma, epsilon, select_topk, t: as above.
         seed: of the random masks.
@@ -94,7 +106,7 @@ def merge(
     given |= dict(normalize=normalize, gamma=gamma, epsilon=epsilon, select_topk=select_topk, t=t, seed=seed)
     if isinstance(experts, Tensor) or not isinstance(experts, Sequence):
         raise TypeError(f"merge: experts must be a sequence of tensors or mappings, got {type(experts).__name__}")
-    if experts and all(isinstance(expert, Tensor) for expert in experts):
+    if experts and all(isinstance(expert, Expert) for expert in experts):
         check_base = base is None or isinstance(base, Tensor)
         if not check_base:
             raise TypeError(f"merge: base must be a tensor like the experts, got {type(base).__name__}")
@@ -105,7 +117,7 @@ def merge(
 
 def merge_tensors(
     base: Mapping[str, Tensor] | None,
-    experts: Sequence[Mapping[str, Tensor]],
+    experts: Sequence[Mapping[str, Expert]],
     *,
     method: str = "ties",
     semantics: str = "official",
@@ -140,8 +152,16 @@ def merge_tensors(
             raise TypeError(f"{op}: base and experts must be all tensors or all mappings, got {type(mapping).__name__}")
     if base is None and METHODS[method].needs_base:
         raise value_error(op, "base", f"given for method {method!r}", None)
-    known = sorted(experts[0])
-    for mapping in mappings[1:]:
+    known = sorted(mappings[-1])
+    compressed = [_is_of_task_vectors(mapping) for mapping in mappings]
+    if any(compressed):
+        if base is None:
+            raise value_error(op, "base", "given where experts are task vectors", None)
+        check_takes_task_vectors(op, settings)
+        unknown = sorted({name for mapping in experts for name in mapping} - set(known))
+        if unknown:
+            raise value_error(op, "experts", "task vectors of the base's tensors", f"others: {', '.join(unknown[:8])}")
+    for mapping in [mapping for mapping, is_compressed in zip(mappings, compressed, strict=True) if not is_compressed]:
         differing = sorted(set(known) ^ set(mapping))
         if differing:
             raise value_error(op, "base and experts", "of the same names", f"not in all: {', '.join(differing[:8])}")
@@ -150,11 +170,20 @@ def merge_tensors(
         remedy = "give lambda_, or semantics='peft' or 'mergekit'"
         raise value_error(op, "weights", f"1 for {semantics} {method}, which has none", "others", remedy)
 
-    def load(name: str) -> tuple[Tensor | None, list[Tensor]]:
-        tensors = [mapping[name] for mapping in mappings]
-        _check_tensors(op, name, tensors)
-        tensors = [tensor.detach().contiguous() for tensor in tensors]
-        return (None if base is None else tensors[-1]), tensors[: len(experts)]
+    def load(name: str) -> tuple[Tensor | None, list[Expert]]:
+        """The base's tensor and the experts'; none of these where none changed it."""
+        given = [
+            mapping.get(name) if lacking else mapping[name]
+            for mapping, lacking in zip(experts, compressed, strict=False)
+        ]
+        first = given[-1] if base is None else base[name]
+        _check_tensors(op, name, [*(expert for expert in given if expert is not None), first])
+        if first.is_floating_point() and any(expert is not None for expert in given):
+            given = [_nothing(first) if expert is None else expert for expert in given]
+        else:
+            given = [expert for expert in given if expert is not None]
+        given = [expert.detach().contiguous() if isinstance(expert, Tensor) else expert for expert in given]
+        return (None if base is None else first.detach().contiguous()), given
 
     return _generate(op, settings, known, names, load, of_name, progress or (lambda name: None))
 
@@ -165,11 +194,22 @@ def _generate(op, settings, known, names, load, of_name, progress) -> Iterator[t
         if name not in known:
             raise value_error(op, "names", "of the experts' tensors", repr(name))
         base, experts = load(name)
-        if experts[0].is_floating_point():
+        if experts and (experts[0] if base is None else base).is_floating_point():
             yield name, merge_one(op, settings, whole, name, base, experts, of_name(name))
         else:
-            yield name, experts[0]
+            yield name, experts[0] if base is None else base
         progress(name)
+
+
+def _is_of_task_vectors(mapping: Mapping[str, Expert]) -> bool:
+    # other mappings load a tensor when they are asked for it, and hold no task vectors
+    return isinstance(mapping, dict) and any(isinstance(one, (TernaryDelta, PackedDelta)) for one in mapping.values())
+
+
+def _nothing(base: Tensor) -> TernaryDelta:
+    """The task vector of an expert that did not change the tensor."""
+    planes = torch.zeros(-(-base.numel() // 64), 2, dtype=torch.int64, device=base.device)
+    return TernaryDelta(planes, base.shape)
 
 
 def _weights(op: str, weights: Weights | None, count: int) -> Callable[[str], list[float]]:
@@ -187,16 +227,22 @@ def _weights(op: str, weights: Weights | None, count: int) -> Callable[[str], li
 
 def _check_tensors(op: str, name: str, tensors: list[Tensor]) -> None:
     what = name or "experts"
-    first = tensors[0]
+    first = tensors[-1]
     for tensor in tensors:
+        if isinstance(tensor, (TernaryDelta, PackedDelta)):
+            if tensor.shape != first.shape:
+                raise shape_error(op, what, f"{list(tensor.shape)} like its task vector", first)
+            if not first.is_floating_point():
+                raise dtype_error(op, what, FLOAT_DTYPES, first, "it has a task vector")
+            continue
         check_tensor(op, what, tensor)
         if tensor.shape != first.shape:
             raise shape_error(op, what, f"{list(first.shape)} in all models", tensor, "the models must be of one shape")
         if tensor.dtype != first.dtype:
             raise dtype_error(op, what, f"{first.dtype} in all models", tensor)
-    check_same_device(op, **{f"{what} of model {i}": tensor for i, tensor in enumerate(tensors)})
+    check_same_device(op, **{f"{what} of model {i}": held(tensor) for i, tensor in enumerate(tensors)})
     if first.is_floating_point():
         if first.dtype not in FLOAT_DTYPES:
             raise dtype_error(op, what, FLOAT_DTYPES, first)
-    elif not all(torch.equal(tensor, first) for tensor in tensors[1:]):
+    elif not all(torch.equal(tensor, first) for tensor in tensors):
         raise value_error(op, what, "equal in all models, as it is no floating tensor", f"others of {first.dtype}")

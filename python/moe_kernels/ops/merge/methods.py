@@ -11,7 +11,7 @@ from torch import Tensor
 from moe_kernels._checks import value_error
 from moe_kernels._dispatch import resolve
 from moe_kernels.ops.merge import native, reference
-from moe_kernels.ops.merge.recipe import ALL, END, Recipe, Source, random_key
+from moe_kernels.ops.merge.recipe import ALL, END, Expert, Recipe, Source, random_key
 from moe_kernels.ops.task_vector.magnitudes import INFINITY, LOW_BITS, rank, threshold
 
 SEMANTICS = ("official", "peft", "mergekit")
@@ -113,6 +113,16 @@ def check_settings(op: str, settings: Settings) -> None:
             raise value_error(op, "epsilon", expected, settings.epsilon)
 
 
+def check_takes_task_vectors(op: str, settings: Settings) -> None:
+    """Those methods do that choose by chance or not at all: the entries of a task vector are the largest already."""
+    able = ("task_arithmetic", "ties", "dare_linear", "dare_ties")
+    if settings.method not in able:
+        expected = f"one of {', '.join(able)} for task vectors"
+        raise value_error(op, "method", expected, repr(settings.method), "give whole tensors")
+    if METHODS[settings.method].keeps == "magnitude" and settings.density < 1:
+        raise value_error(op, "density", "1 for task vectors, which are trimmed already", settings.density)
+
+
 def prepare(op: str, settings: Settings, names: list[str], load: Callable, progress: Callable) -> WholeModel:
     """The passes over the whole model that official TIES needs before the first tensor can be merged."""
     whole = WholeModel()
@@ -124,20 +134,20 @@ def prepare(op: str, settings: Settings, names: list[str], load: Callable, progr
     def over_model(function: Callable[[str, Tensor | None, list[Tensor]], object]) -> None:
         for name in names:
             base, experts = load(name)
-            if experts[0].is_floating_point():
+            if experts and base.is_floating_point():
                 function(name, base, experts)
             progress(name)
 
     if method.keeps == "magnitude" and settings.density < 1 and len(names) == 1:
         base, experts = load(names[0])
-        if experts[0].is_floating_point():
-            keep = min(int(experts[0].numel() * settings.density) + 1, experts[0].numel())
+        if base.is_floating_point():
+            keep = min(int(base.numel() * settings.density) + 1, base.numel())
             whole.thresholds = [_bound(op, settings, names[0], expert, base, keep)[0] for expert in experts]
     elif method.keeps == "magnitude" and settings.density < 1:
         high, numel = [torch.zeros(2**16, dtype=torch.int64) for _ in range(count)], [0]
 
-        def count_high(name: str, base: Tensor, experts: list[Tensor]) -> None:
-            numel[0] += experts[0].numel()
+        def count_high(name: str, base: Tensor, experts: list[Expert]) -> None:
+            numel[0] += base.numel()
             for counts, expert in zip(high, experts, strict=True):
                 counts += _counts(op, settings, name, expert, base)
 
@@ -146,7 +156,7 @@ def prepare(op: str, settings: Settings, names: list[str], load: Callable, progr
         ranks = [rank(counts, keep) for counts in high]
         low = [torch.zeros(2**15, dtype=torch.int64) for _ in range(count)]
 
-        def count_low(name: str, base: Tensor, experts: list[Tensor]) -> None:
+        def count_low(name: str, base: Tensor, experts: list[Expert]) -> None:
             for counts, expert, (prefix, _) in zip(low, experts, ranks, strict=True):
                 counts += _kernels(op, settings, expert).count_magnitudes(expert, base, prefix).cpu()
 
@@ -159,7 +169,7 @@ def prepare(op: str, settings: Settings, names: list[str], load: Callable, progr
         """One more pass, for the few models in which experts cancel out exactly."""
         signs = [0]
 
-        def count_signs(name: str, base: Tensor, experts: list[Tensor]) -> None:
+        def count_signs(name: str, base: Tensor, experts: list[Expert]) -> None:
             recipe = _recipe(op, settings, whole, name, base, experts, [1.0] * count)
             signs[0] += _kernels(op, settings, experts[0]).elected_signs(base, experts, recipe)
 
@@ -176,7 +186,7 @@ def merge_one(
     whole: WholeModel,
     name: str,
     base: Tensor | None,
-    experts: list[Tensor],
+    experts: list[Expert],
     weights: list[float],
 ) -> Tensor:
     """One floating tensor, all of its models contiguous."""
@@ -199,7 +209,7 @@ def merge_one(
     return merged
 
 
-def _kernels(op: str, settings: Settings, tensor: Tensor):
+def _kernels(op: str, settings: Settings, tensor: Expert):
     return reference if resolve(op, settings.backend, tensor.device.type) == "reference" else native
 
 
@@ -234,12 +244,12 @@ def _recipe(
     whole: WholeModel,
     name: str,
     base: Tensor | None,
-    experts: list[Tensor],
+    experts: list[Expert],
     weights: list[float],
 ) -> Recipe:
     """Of the methods whose choice of entries is one of thresholds and random numbers."""
     method, semantics = METHODS[settings.method], settings.semantics
-    numel, density = experts[0].numel(), settings.density
+    numel, density = (experts[0] if base is None else base).numel(), settings.density
     sources = [Source() for _ in experts]
     if method.keeps == "magnitude" and density < 1:
         for number, (source, expert) in enumerate(zip(sources, experts, strict=True)):
@@ -293,7 +303,7 @@ def _combination(settings: Settings, sources: list[Source], weights: list[float]
 
 
 def _merge_deltas(
-    op: str, settings: Settings, name: str, base: Tensor, experts: list[Tensor], weights: list[float]
+    op: str, settings: Settings, name: str, base: Tensor, experts: list[Expert], weights: list[float]
 ) -> Tensor:
     """Methods that look at rows or at all experts at once: differences of one tensor are made, then merged."""
     acc = reference.accumulator(base.dtype)
@@ -357,7 +367,7 @@ def _sce(settings: Settings, deltas: list[Tensor]) -> Recipe:
     return Recipe(sources, election="sum_not_negative", divisor="weights")
 
 
-def _model_stock(op: str, settings: Settings, name: str, base: Tensor, experts: list[Tensor]) -> Recipe:
+def _model_stock(op: str, settings: Settings, name: str, base: Tensor, experts: list[Expert]) -> Recipe:
     """``base + ratio * mean(t)``, ``ratio = N cos / (1 + (N - 1) cos)`` with the mean cosine between task vectors.
 
     A task vector of zero has the angle of none: its cosines are 0. mergekit takes the product of two norms for at least
@@ -382,7 +392,7 @@ def _model_stock(op: str, settings: Settings, name: str, base: Tensor, experts: 
     return Recipe(sources, divisor="constant", constant=float(count), lambda_=ratio * settings.lambda_)
 
 
-def _slerp(op: str, settings: Settings, name: str, experts: list[Tensor]) -> Recipe:
+def _slerp(op: str, settings: Settings, name: str, experts: list[Expert]) -> Recipe:
     """``sin((1 - t) a) / sin(a) * first + sin(t a) / sin(a) * second`` with the angle a between them; nearly parallel
     ones (cosine beyond 0.9995) are interpolated along the straight line."""
     inner = torch.zeros(2, 2, dtype=torch.float64)

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor
 
-from moe_kernels.ops.merge.recipe import DIVISORS, ELECTIONS, Recipe
+from moe_kernels.ops.merge.recipe import DIVISORS, ELECTIONS, Expert, Recipe, held
 from moe_kernels.ops.task_vector.native import count_magnitudes, count_window, end_of_ties
 
 __all__ = ["count_magnitudes", "count_window", "elected_signs", "end_of_ties", "kept_magnitudes", "merge"]
 
-_SOURCES = "Tensor? base, Tensor[] experts, int[] bounds, int[] keys, float[] factors"
+_SOURCES = "Tensor? base, Tensor[] experts, float[] scales, int[] bounds, int[] keys, float[] factors"
 torch.library.define(
     "moe_kernels::merge",
     f"({_SOURCES}, int election, int divisor, float constant, int zero_sign, float lambda_) -> (Tensor, int)",
@@ -23,7 +23,8 @@ kept_magnitudes_op = torch.ops.moe_kernels.kept_magnitudes.default
 
 @torch.library.register_fake("moe_kernels::merge")
 def _(base, experts, *rest):
-    return experts[0].new_empty(experts[0].numel()), 0
+    like = experts[0] if base is None else base
+    return like.new_empty(like.numel()), 0
 
 
 @torch.library.register_fake("moe_kernels::kept_magnitudes")
@@ -31,21 +32,23 @@ def _(base, experts, *rest):
     return experts[0].new_empty((len(experts), 2), dtype=torch.float64)
 
 
-def _sources(recipe: Recipe) -> tuple[list[int], list[int], list[float]]:
+def _sources(experts: list[Expert], recipe: Recipe) -> tuple:
+    tensors = [held(expert) for expert in experts]
+    scales = [1.0 if isinstance(expert, Tensor) else expert.scale for expert in experts]
     bounds = [bound for source in recipe.sources for bound in source.bounds]
     factors = [float(factor) for source in recipe.sources for factor in source.factors]
-    return bounds, [source.key for source in recipe.sources], factors
+    return tensors, scales, bounds, [source.key for source in recipe.sources], factors
 
 
-def merge(base: Tensor | None, experts: list[Tensor], recipe: Recipe) -> tuple[Tensor, int]:
+def merge(base: Tensor | None, experts: list[Expert], recipe: Recipe) -> tuple[Tensor, int]:
     rule = (ELECTIONS.index(recipe.election), DIVISORS.index(recipe.divisor), float(recipe.constant))
-    merged, undecided = merge_op(base, experts, *_sources(recipe), *rule, recipe.zero_sign, float(recipe.lambda_))
-    return merged.view(experts[0].shape), undecided
+    merged, undecided = merge_op(base, *_sources(experts, recipe), *rule, recipe.zero_sign, float(recipe.lambda_))
+    return merged.view((experts[0] if base is None else base).shape), undecided
 
 
-def elected_signs(base: Tensor | None, experts: list[Tensor], recipe: Recipe) -> int:
-    return elected_signs_op(base, experts, *_sources(recipe))
+def elected_signs(base: Tensor | None, experts: list[Expert], recipe: Recipe) -> int:
+    return elected_signs_op(base, *_sources(experts, recipe))
 
 
-def kept_magnitudes(base: Tensor | None, experts: list[Tensor], recipe: Recipe) -> Tensor:
-    return kept_magnitudes_op(base, experts, *_sources(recipe))
+def kept_magnitudes(base: Tensor | None, experts: list[Expert], recipe: Recipe) -> Tensor:
+    return kept_magnitudes_op(base, *_sources(experts, recipe))

@@ -18,12 +18,26 @@ order of tensors nor threads nor the device change it.
 import hashlib
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
+from moe_kernels.ops.task_vector.packed import PackedDelta
+from moe_kernels.ops.task_vector.ternary import TernaryDelta
+
+#: one expert's weights, or what it adds to the base's: t itself, which stays compressed
+Expert = Tensor | TernaryDelta | PackedDelta
 #: in the order of Election and Divisor in csrc/microkernels/merge_table.h
 ELECTIONS = ("none", "sign_of_sum", "sum_not_negative")
 DIVISORS = ("one", "count", "weights", "constant")
 #: an index beyond every tensor
 END = 2**62
 ALL = 2**32
+
+
+def held(expert: Expert) -> Tensor:
+    """The tensor that kernels are given."""
+    if isinstance(expert, PackedDelta):
+        return expert.data
+    return expert.planes if isinstance(expert, TernaryDelta) else expert
 
 
 @dataclass

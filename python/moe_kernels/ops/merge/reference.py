@@ -3,8 +3,15 @@
 import torch
 from torch import Tensor
 
-from moe_kernels.ops.merge.recipe import ALL, Recipe, Source
-from moe_kernels.ops.task_vector.reference import accumulator, count_magnitudes, count_window, differences, end_of_ties
+from moe_kernels.ops.merge.recipe import ALL, Expert, Recipe, Source
+from moe_kernels.ops.task_vector.reference import (
+    accumulator,
+    count_magnitudes,
+    count_window,
+    differences,
+    end_of_ties,
+    terms,
+)
 
 __all__ = [
     "accumulator",
@@ -42,12 +49,16 @@ def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return (upper >> 16) + (low >> 32), low & 0xFFFFFFFF
 
 
-def _kept(base: Tensor | None, expert: Tensor, source: Source) -> Tensor:
+def _kept(base: Tensor | None, expert: Expert, source: Source) -> Tensor:
     """[numel]: ``t`` where it is kept, rescaled; 0 elsewhere."""
-    acc = accumulator(expert.dtype)
-    t = expert.reshape(-1).to(acc)
-    if base is not None:
-        t = t - base.reshape(-1).to(acc)
+    if isinstance(expert, Tensor):
+        acc = accumulator(expert.dtype)
+        t = expert.reshape(-1).to(acc)
+        if base is not None:
+            t = t - base.reshape(-1).to(acc)
+    else:
+        acc = accumulator(base.dtype)
+        t = terms(expert)[0].reshape(-1).to(acc) * torch.tensor(expert.scale, dtype=acc)
     magnitudes = t.float().view(torch.int32) & 0x7FFFFFFF
     index = torch.arange(t.numel(), device=t.device)
     keep = (magnitudes > source.lower) | ((magnitudes == source.lower) & (index < source.lower_end))
@@ -59,23 +70,29 @@ def _kept(base: Tensor | None, expert: Tensor, source: Source) -> Tensor:
     return torch.where(keep, t, 0) / torch.tensor(source.rescale, dtype=acc)
 
 
-def _terms(base: Tensor | None, experts: list[Tensor], recipe: Recipe) -> list[Tensor]:
-    acc = accumulator(experts[0].dtype)
+def _like(base: Tensor | None, experts: list[Expert]) -> Tensor:
+    """What the result is like: task vectors have no dtype of weights."""
+    return experts[0] if base is None else base
+
+
+def _terms(base: Tensor | None, experts: list[Expert], recipe: Recipe) -> list[Tensor]:
+    acc = accumulator(_like(base, experts).dtype)
     pairs = zip(experts, recipe.sources, strict=True)
     return [_kept(base, expert, source) * torch.tensor(source.before, dtype=acc) for expert, source in pairs]
 
 
-def merge(base: Tensor | None, experts: list[Tensor], recipe: Recipe) -> tuple[Tensor, int]:
+def merge(base: Tensor | None, experts: list[Expert], recipe: Recipe) -> tuple[Tensor, int]:
     """And how many elements wait for a ``zero_sign``: sums of zero of entries that are not all zero."""
-    acc = accumulator(experts[0].dtype)
-    terms = _terms(base, experts, recipe)
-    total, count, elected = torch.zeros_like(terms[0]), torch.zeros_like(terms[0]), torch.zeros_like(terms[0])
-    for term in terms:
+    like = _like(base, experts)
+    acc = accumulator(like.dtype)
+    entries = _terms(base, experts, recipe)
+    total, count, elected = torch.zeros_like(entries[0]), torch.zeros_like(entries[0]), torch.zeros_like(entries[0])
+    for term in entries:
         elected += term
     if recipe.election == "sign_of_sum":
         elected = torch.where(elected == 0, float(recipe.zero_sign), elected)
     plus = elected >= 0 if recipe.election == "sum_not_negative" else elected > 0
-    for term, source in zip(terms, recipe.sources, strict=True):
+    for term, source in zip(entries, recipe.sources, strict=True):
         weighted = term * torch.tensor(source.after, dtype=acc)
         if recipe.election == "none":
             total += weighted
@@ -94,19 +111,17 @@ def merge(base: Tensor | None, experts: list[Tensor], recipe: Recipe) -> tuple[T
         total = base.reshape(-1).to(acc) + total
     undecided = 0
     if recipe.election == "sign_of_sum":
-        undecided = int(((elected == 0) & torch.stack([term != 0 for term in terms]).any(0)).sum())
-    return total.to(experts[0].dtype).view(experts[0].shape), undecided
+        undecided = int(((elected == 0) & torch.stack([term != 0 for term in entries]).any(0)).sum())
+    return total.to(like.dtype).view(like.shape), undecided
 
 
-def elected_signs(base: Tensor | None, experts: list[Tensor], recipe: Recipe) -> int:
+def elected_signs(base: Tensor | None, experts: list[Expert], recipe: Recipe) -> int:
     """The sum over all elements of the sign of the experts' sum."""
-    elected = torch.zeros_like(experts[0].reshape(-1), dtype=accumulator(experts[0].dtype))
-    for term in _terms(base, experts, recipe):
-        elected += term
+    elected = sum(_terms(base, experts, recipe))
     return int((elected > 0).sum()) - int((elected < 0).sum())
 
 
-def kept_magnitudes(base: Tensor | None, experts: list[Tensor], recipe: Recipe) -> Tensor:
+def kept_magnitudes(base: Tensor | None, experts: list[Expert], recipe: Recipe) -> Tensor:
     """[num_experts, 2] float64: the sums of \\|t\\| over all elements and over the kept ones, in float64."""
     sums = [
         (_kept(base, expert, Source()).double().abs().sum(), _kept(base, expert, source).double().abs().sum())

@@ -36,6 +36,8 @@ def bits(tensor: Tensor) -> Tensor:
 
 def terms(delta: Delta) -> tuple[Tensor, Tensor]:
     """t, and which elements the vector has."""
+    if isinstance(delta, PackedDelta) and delta.values is None:
+        delta = TernaryDelta(unpack_ternary(delta.data.cpu()).to(delta.device), delta.shape)
     if isinstance(delta, TernaryDelta):
         signs = delta.signs()
         return signs, signs != 0
