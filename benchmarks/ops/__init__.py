@@ -11,6 +11,7 @@ OPS = (
     "routed_lora",
     "logit_fusion",
     "task_vector",
+    "ternary_linear",
     "call_overhead",
     "build",
 )

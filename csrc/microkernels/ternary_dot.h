@@ -8,14 +8,19 @@
 // the row's bits lie change a result.
 #pragma once
 
+#include <array>
+#include <utility>
+
 #include "microkernels/dot_operand.h"
 #include "microkernels/ternary_linear_table.h"
 
 namespace moe::MOE_ISA {
 
-// 4 x 2 sums and two rows of t: one group of t is read once for four rows of x
-constexpr int kTernaryTileM = 4;
-constexpr int kTernaryTileN = 2;
+// rows of x at once, and of t for them: with 32 registers 24 sums, so that loads are fewer than products; else 8
+constexpr int kTernaryTileM = kLanes<float> == 16 ? 8 : 4;
+constexpr int kTernaryTileN = kLanes<float> == 16 ? 3 : 2;
+// steps of 64 elements unrolled: all of AVX-512's; more of shorter vectors only take long to compile
+constexpr int kTernaryUnroll = kLanes<float> == 16 ? 4 : 2;
 constexpr int kTernaryAlone = 4;  // rows that one row of x takes at once
 // 2048 elements of AVX-512's sums, and 128 of shorter vectors, whose lanes would add more and err more
 constexpr int64_t kTernaryChunk = kLanes<float> == 16 ? 2048 : 128;
@@ -23,6 +28,31 @@ constexpr int64_t kTernaryChunk = kLanes<float> == 16 ? 2048 : 128;
 // The two words of 64 elements, of which n exist.
 struct TernaryWords {
   uint64_t nonzero, negative;
+};
+
+// Where a row's words are when they begin with a group: masks are loads.
+struct WholeGroups {
+  const uint64_t* group;
+
+  WholeGroups(const uint64_t* planes, int64_t bit) : group(planes + bit / 64 * 2) {}
+  TernaryWords words() const { return {group[0], group[1]}; }
+  void step() { group += 2; }
+};
+
+// Where they begin at any bit: each word is the end of one group's and the begin of the next one's. A row that begins with
+// a group reads no next one: it may not exist.
+struct ShiftedGroups {
+  const uint64_t* group;
+  int64_t next;
+  int shift;
+
+  ShiftedGroups(const uint64_t* planes, int64_t bit)
+      : group(planes + bit / 64 * 2), next(bit % 64 == 0 ? 0 : 2), shift(static_cast<int>(bit % 64)) {}
+  TernaryWords words() const {
+    // two shifts: one of 64 is none
+    return {group[0] >> shift | group[next] << 1 << (63 - shift), group[1] >> shift | group[next + 1] << 1 << (63 - shift)};
+  }
+  void step() { group += 2; }
 };
 
 MOE_INLINE TernaryWords ternary_words(const uint64_t* planes, int64_t bit, int64_t n) {
@@ -76,21 +106,32 @@ MOE_INLINE typename DotOperand<T>::Reg ternary_step(const TernaryWords& words, i
 }
 
 // The products over one chunk; they replace or join what is there.
-template <class T, int kM, int kN>
+template <class T, int kM, int kN, class Groups>
 static void ternary_tile(const T* const* x, const TernaryRows& rows, int64_t first_row, int64_t begin, int64_t end,
-                         acc_t<T>* const* products) {
+                         acc_t<T>* const* products, const NextWeights<T>& next) {
   using Operand = DotOperand<T>;
   using Acc = acc_t<T>;
   constexpr int kStep = Operand::kStep;
   Vec<Acc> sum[kM][kN] = {};
-  int64_t bit[kN];
-  for (int n = 0; n < kN; ++n) bit[n] = rows.first_bit + (first_row + n) * rows.row_bits;
+  const auto bit = [&](int n) { return rows.first_bit + (first_row + n) * rows.row_bits; };
+  const auto at_row = [&]<int... n>(std::integer_sequence<int, n...>) {
+    return std::array<Groups, kN>{Groups(rows.planes, bit(n) + begin)...};
+  };
+  std::array<Groups, kN> groups = at_row(std::make_integer_sequence<int, kN>{});
   int64_t i = begin;
   for (; i + 64 <= end; i += 64) {
     TernaryWords words[kN];
 #pragma GCC unroll 8
-    for (int n = 0; n < kN; ++n) words[n] = ternary_words(rows.planes, bit[n] + i, 64);
-#pragma GCC unroll 16
+    for (int n = 0; n < kN; ++n) words[n] = groups[n].words(), groups[n].step();
+    if (next.rows != nullptr) {
+#pragma GCC unroll 8
+      for (int n = 0; n < kN; ++n) {
+        const char* line = reinterpret_cast<const char*>(next.rows + (first_row + n) * next.stride + i);
+#pragma GCC unroll 8
+        for (size_t at = 0; at < 64 * sizeof(T); at += 64) __builtin_prefetch(line + at, 0, 2);
+      }
+    }
+#pragma GCC unroll kTernaryUnroll
     for (int at = 0; at < 64; at += kStep) {
       typename Operand::Reg t[kN];
 #pragma GCC unroll 8
@@ -105,7 +146,7 @@ static void ternary_tile(const T* const* x, const TernaryRows& rows, int64_t fir
   }
   if (i < end) {
     TernaryWords words[kN];
-    for (int n = 0; n < kN; ++n) words[n] = ternary_words(rows.planes, bit[n] + i, end - i);
+    for (int n = 0; n < kN; ++n) words[n] = ternary_words(rows.planes, bit(n) + i, end - i);
     for (int at = 0; i < end; i += kStep, at += kStep) {
       for (int m = 0; m < kM; ++m) {
         const auto a = i + kStep <= end ? Operand::load_step(x[m] + i) : Operand::load_partial(x[m] + i, end - i);
@@ -124,30 +165,41 @@ static void ternary_tile(const T* const* x, const TernaryRows& rows, int64_t fir
   }
 }
 
-template <class T, int kM>
+template <class T, int kM, class Groups>
 static void ternary_tiles(const T* const* x, const TernaryRows& rows, int64_t num_rows, int64_t begin, int64_t end,
-                          acc_t<T>* const* products) {
-  constexpr int kN = kM == 1 ? kTernaryAlone : kTernaryTileN;
+                          acc_t<T>* const* products, const NextWeights<T>& next) {
+  constexpr int kN = kM == 1 ? kTernaryAlone : kM <= 4 ? 2 : kTernaryTileN;
   int64_t j = 0;
-  for (; j + kN <= num_rows; j += kN) ternary_tile<T, kM, kN>(x, rows, j, begin, end, products);
-  for (; j < num_rows; ++j) ternary_tile<T, kM, 1>(x, rows, j, begin, end, products);
+  for (; j + kN <= num_rows; j += kN) ternary_tile<T, kM, kN, Groups>(x, rows, j, begin, end, products, next);
+  for (; j < num_rows; ++j) ternary_tile<T, kM, 1, Groups>(x, rows, j, begin, end, products, next);
+}
+
+template <class T, class Groups>
+static void ternary_chunks(const T* const* x, int64_t m, const TernaryRows& rows, int64_t num_rows, int64_t n,
+                           acc_t<T>* const* products, const NextWeights<T>& next) {
+  const auto ask = [&](int64_t row) { return row == 0 ? next : NextWeights<T>{}; };  // once
+  for (int64_t begin = 0; begin < n; begin += kTernaryChunk) {
+    const int64_t end = n - begin < kTernaryChunk ? n : begin + kTernaryChunk;
+    int64_t row = 0;
+    for (; row + kTernaryTileM <= m; row += kTernaryTileM)
+      ternary_tiles<T, kTernaryTileM, Groups>(x + row, rows, num_rows, begin, end, products + row, ask(row));
+    for (; row + 4 <= m; row += 4) ternary_tiles<T, 4, Groups>(x + row, rows, num_rows, begin, end, products + row, ask(row));
+    if (m - row == 3) ternary_tiles<T, 3, Groups>(x + row, rows, num_rows, begin, end, products + row, ask(row));
+    if (m - row == 2) ternary_tiles<T, 2, Groups>(x + row, rows, num_rows, begin, end, products + row, ask(row));
+    if (m - row == 1) ternary_tiles<T, 1, Groups>(x + row, rows, num_rows, begin, end, products + row, ask(row));
+  }
 }
 
 // See TernaryLinearKernels::products.
 template <class T>
 static void ternary_products(const T* const* x, int64_t m, const TernaryRows& rows, int64_t num_rows, int64_t n,
-                             acc_t<T>* const* products) {
+                             acc_t<T>* const* products, const NextWeights<T>& next) {
   for (int64_t row = 0; row < m && n == 0; ++row)
     for (int64_t j = 0; j < num_rows; ++j) products[row][j] = 0;
-  for (int64_t begin = 0; begin < n; begin += kTernaryChunk) {
-    const int64_t end = n - begin < kTernaryChunk ? n : begin + kTernaryChunk;
-    int64_t row = 0;
-    for (; row + kTernaryTileM <= m; row += kTernaryTileM)
-      ternary_tiles<T, kTernaryTileM>(x + row, rows, num_rows, begin, end, products + row);
-    if (m - row == 3) ternary_tiles<T, 3>(x + row, rows, num_rows, begin, end, products + row);
-    if (m - row == 2) ternary_tiles<T, 2>(x + row, rows, num_rows, begin, end, products + row);
-    if (m - row == 1) ternary_tiles<T, 1>(x + row, rows, num_rows, begin, end, products + row);
-  }
+  if (rows.first_bit % 64 == 0 && rows.row_bits % 64 == 0)  // a chunk is whole groups
+    ternary_chunks<T, WholeGroups>(x, m, rows, num_rows, n, products, next);
+  else
+    ternary_chunks<T, ShiftedGroups>(x, m, rows, num_rows, n, products, next);
 }
 
 // See TernaryLinearKernels::decode.

@@ -87,14 +87,14 @@ struct TernaryUses {
 // The products with rows [row, row + n) of one delta for some of its uses, one row of `products` each.
 template <class T>
 void ternary_products(const uint64_t* planes, std::span<const Use<acc_t<T>>> uses, const T* x, int64_t x_stride, int64_t row,
-                      int64_t n, int64_t in, Scratch& scratch, acc_t<T>** products) {
+                      int64_t n, int64_t in, Scratch& scratch, acc_t<T>** products, const NextWeights<T>& next = {}) {
   const T** inputs = scratch.take<const T*>(uses.size());
   acc_t<T>* all = scratch.take<acc_t<T>>(uses.size() * n);
   for (size_t i = 0; i < uses.size(); ++i) {
     inputs[i] = x + uses[i].token * x_stride;
     products[i] = all + i * n;
   }
-  ternary_linear_kernels<T>().products(inputs, uses.size(), {planes, row * in, in}, n, in, products);
+  ternary_linear_kernels<T>().products(inputs, uses.size(), {planes, row * in, in}, n, in, products, next);
 }
 
 
@@ -141,12 +141,17 @@ Tensor ternary_linear_cpu(const Tensor& x_in, const Tensor& weight, std::vector<
             next_blocks = matrices.blocks(0, after);
           }
           matrices.multiply(0, a + part.row_begin, height, columns, ldc, next_blocks);
+          NextWeights<T> after;
+          if (next != nullptr && weight.stride(1) == 1 && next->column + n <= out_features && next->column != part.column)
+            after = {data<T>(weight) + next->column * weight.stride(0), weight.stride(0)};
           for (size_t e = 0; e < uses.planes.size(); ++e) {
             const auto here = uses.of_tokens(e, part.row_begin, part.row_end);
             if (here.empty()) continue;
             Scratch delta_scratch;
             Acc** products = delta_scratch.take<Acc*>(here.size());
-            ternary_products<T>(uses.planes[e], here, data<T>(x), x.stride(0), part.column, n, in, delta_scratch, products);
+            ternary_products<T>(uses.planes[e], here, data<T>(x), x.stride(0), part.column, n, in, delta_scratch, products,
+                                after);
+            after = {};
             for (size_t i = 0; i < here.size(); ++i)
               microkernels<T>().accumulate(c + (here[i].token - part.row_begin) * ldc, products[i], nullptr, here[i].weight,
                                            n);
