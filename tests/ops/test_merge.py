@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_kernels import compress, decompress, merge, merge_tensors
-from moe_kernels.ops.merge import native, recipe, reference
+from moe_kernels.ops.merge import native, parts, recipe, reference
 from moe_kernels.ops.merge.methods import METHODS, SEMANTICS
 from moe_kernels.testing import assert_close_to_reference
 from tests.ops.helpers import DTYPES, seeded, strided
@@ -509,3 +509,20 @@ def test_what_task_vectors_cannot_be_merged_by():
         merge(base.view(10, 10), experts)
     with pytest.raises(ValueError, match="task vectors of the base's tensors, got others: other"):
         merge({"w": base}, [{"other": experts[0]}])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "method, semantics",
+    [("sce", "mergekit"), ("della", "mergekit"), ("della_linear", "mergekit"), ("breadcrumbs", "official")],
+)
+def test_parts_of_a_tensor_are_the_whole(backend, monkeypatch, dtype, method, semantics):
+    """In parts of 64 elements and in one; rounded values have equal variances and magnitudes."""
+    base, experts = models((37, 30), 3, dtype)
+    experts = [base + ((expert - base) * 2**7).round() / 2**7 for expert in experts]
+    options = dict(method=method, semantics=semantics, select_topk=0.4, density=0.3, gamma=0.1, seed=3)
+    whole = merge(base, experts, **options, backend=backend)
+    monkeypatch.setattr(parts, "_ELEMENTS", 64)
+    assert_close_to_reference(merge(base, experts, **options, backend=backend), whole.double(), whole, "parts")
+    monkeypatch.setattr(parts, "_ELEMENTS", 1)
+    assert_close_to_reference(merge(base, experts, **options, backend=backend), whole.double(), whole, "rows")

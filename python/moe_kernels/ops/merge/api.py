@@ -43,9 +43,9 @@ def merge(
     """Merges fine-tunes of one base, tensor by tensor.
 
     ``t_k = expert_k - base`` runs in float32 (float64 for float64), and the result is rounded once to the dtype of the
-    experts. On the CPU nothing is allocated but the result and a block of 1024 elements an expert (by rows, and of
-    ``sce``: differences of one tensor), and a mapping may load its tensors when it is asked for them: one name is held
-    at a time.
+    experts. On the CPU nothing is allocated but the result and a block of 1024 elements an expert (2^20 where whole
+    rows or the variances of all experts are looked at), and a mapping may load its tensors when it is asked for them:
+    one name is held at a time.
 
     ================  ==============================================================================================
     method            what it does; the exact sums are in :mod:`.recipe`

@@ -11,6 +11,7 @@ from torch import Tensor
 from moe_kernels._checks import value_error
 from moe_kernels._dispatch import resolve
 from moe_kernels.ops.merge import native, reference
+from moe_kernels.ops.merge.parts import Parts, breadcrumbs, della, sce
 from moe_kernels.ops.merge.recipe import ALL, END, Expert, Recipe, Source, random_key
 from moe_kernels.ops.task_vector.magnitudes import INFINITY, LOW_BITS, rank, threshold
 
@@ -199,7 +200,14 @@ def merge_one(
     method = METHODS[settings.method]
     by_rows = method.keeps == "rows" or (method.keeps == "window" and settings.semantics == "official")
     if by_rows or settings.method == "sce":
-        return _merge_deltas(op, settings, name, base, experts, weights)
+        parts = Parts(op, name, base, experts, kernels)
+        if settings.method == "sce":
+            return sce(parts, settings.select_topk, settings.lambda_)
+        recipe = _combination(settings, [Source() for _ in experts], weights)
+        if method.keeps == "window":
+            return breadcrumbs(parts, settings.density, settings.gamma, recipe)
+        keys = [random_key(settings.seed, name, number) for number in range(len(experts))]
+        return della(parts, settings.density, settings.epsilon, keys, recipe)
     linear = settings.method == "linear"
     recipe = _recipe(op, settings, whole, name, base, experts, weights)
     merged, undecided = kernels.merge(None if linear else base, experts, recipe)
@@ -300,71 +308,6 @@ def _combination(settings: Settings, sources: list[Source], weights: list[float]
         total = math.fsum(weights)
         recipe.divisor, recipe.constant = "constant", total if abs(total) >= 1e-8 else 1.0
     return recipe
-
-
-def _merge_deltas(
-    op: str, settings: Settings, name: str, base: Tensor, experts: list[Expert], weights: list[float]
-) -> Tensor:
-    """Methods that look at rows or at all experts at once: differences of one tensor are made, then merged."""
-    acc = reference.accumulator(base.dtype)
-    deltas = [expert.to(acc) - base.to(acc) for expert in experts]
-    if not all(bool(delta.isfinite().all()) for delta in deltas):
-        raise value_error(op, name or "experts", "finite", "NaN or an infinity")
-    if settings.method == "sce":
-        recipe = _sce(settings, deltas)
-    else:
-        keep = _della if METHODS[settings.method].keeps == "rows" else _breadcrumbs
-        deltas = [keep(settings, name, number, delta) for number, delta in enumerate(deltas)]
-        recipe = _combination(settings, [Source() for _ in deltas], weights)
-    recipe.lambda_ = settings.lambda_
-    merged, _ = _kernels(op, settings, base).merge(None, deltas, recipe)
-    return (base.to(acc) + merged).to(base.dtype)
-
-
-def _rows(delta: Tensor) -> Tensor:
-    return delta.reshape(1, -1) if delta.dim() < 2 else delta.reshape(-1, delta.shape[-1])
-
-
-def _breadcrumbs(settings: Settings, name: str, number: int, delta: Tensor) -> Tensor:
-    """Of each row of the last dimension: the top ``int(gamma n)`` go, of the rest the top ``int(density n)`` stay."""
-    rows = _rows(delta)
-    n = rows.shape[1]
-    top, keep = int(settings.gamma * n), int(settings.density * n)
-    order = rows.abs().argsort(dim=1, descending=True, stable=True)[:, top : top + keep]
-    return torch.zeros_like(rows).scatter(1, order, rows.gather(1, order)).view(delta.shape)
-
-
-def _della(settings: Settings, name: str, number: int, delta: Tensor) -> Tensor:
-    """Of each row (a vector is one; the first dimension counts rows): kept by rank, to the same sum of magnitudes."""
-    if settings.density >= 1 or delta.numel() == 0:
-        return delta
-    if settings.density <= 0:
-        return torch.zeros_like(delta)
-    rows = delta.reshape(1, -1) if delta.dim() < 2 else delta.reshape(delta.shape[0], -1)
-    below = reference.della_probabilities(rows.abs(), settings.density, settings.epsilon).mul(ALL).round()
-    numbers = reference.random_bits(random_key(settings.seed, name, number), rows.numel(), rows.device)
-    kept = torch.where(numbers.view(rows.shape) < below, rows, 0)
-    before, after = float(rows.double().abs().sum()), float(kept.double().abs().sum())
-    return (kept / (after / before) if before and after else kept).view(delta.shape)
-
-
-def _sce(settings: Settings, deltas: list[Tensor]) -> Recipe:
-    """Entries of the largest variance between experts; weights by mean square; election; weighted mean.
-
-    mergekit gives every expert the same weight where the mean squares sum to less than 1e-6; here only where to 0.
-    """
-    if settings.select_topk < 1:
-        variance = torch.stack(deltas).var(0, unbiased=False).view(-1)
-        keep = int(int(variance.count_nonzero()) * settings.select_topk)
-        mask = torch.zeros_like(variance, dtype=torch.bool)
-        mask[variance.argsort(dim=0, descending=True, stable=True)[:keep]] = True
-        for delta in deltas:
-            delta *= mask.view(delta.shape)
-    squares = [float(delta.double().square().mean()) if delta.numel() else 0.0 for delta in deltas]
-    total = math.fsum(squares)
-    weights = [square / total if total else 1 / len(deltas) for square in squares]
-    sources = [Source(after=weight, divisor=weight) for weight in weights]
-    return Recipe(sources, election="sum_not_negative", divisor="weights")
 
 
 def _model_stock(op: str, settings: Settings, name: str, base: Tensor, experts: list[Expert]) -> Recipe:

@@ -27,9 +27,9 @@ __all__ = [
 ]
 
 
-def random_bits(key: int, count: int, device: torch.device) -> Tensor:
-    """[count] int64: the 32 random bits of each element (Philox4x32-10, Salmon et al., SC 2011)."""
-    blocks = torch.arange(-(-count // 4), device=device)
+def random_bits(key: int, count: int, device: torch.device, first: int = 0) -> Tensor:
+    """[count] int64: the 32 random bits of each element from ``first`` on (Philox4x32-10, Salmon et al., SC 2011)."""
+    blocks = torch.arange(first // 4, -(-(first + count) // 4), device=device)
     low, high = 0xFFFFFFFF, 32
     words = [blocks & low, blocks >> high, torch.zeros_like(blocks), torch.zeros_like(blocks)]
     key0, key1 = key & low, key >> high & low
@@ -38,7 +38,7 @@ def random_bits(key: int, count: int, device: torch.device) -> Tensor:
         hi1, lo1 = _multiply(0xCD9E8D57, words[2])
         words = [hi1 ^ words[1] ^ key0, lo1, hi0 ^ words[3] ^ key1, lo0]
         key0, key1 = key0 + 0x9E3779B9 & low, key1 + 0xBB67AE85 & low
-    return torch.stack(words, 1).view(-1)[:count]
+    return torch.stack(words, 1).view(-1)[first % 4 :][:count]
 
 
 def _multiply(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
