@@ -26,7 +26,8 @@ ALLOWED = {
 }
 #: files of a room beyond the six, each of them data that other rooms may read
 DATA_FILES = {
-    "magnitudes", "methods", "packed", "parts", "plan", "prepacked", "quantized", "recipe", "ternary", "tiles", "token_filter",
+    "magnitudes", "methods", "packed", "parts", "plan", "prepacked", "quantized", "recipe", "ternary", "tiles",
+    "token_filter",
 }  # fmt: skip
 #: rooms in plain PyTorch: their results are what other rooms' kernels read, and no gradient flows through them
 WITHOUT_KERNELS = {"quantize"}

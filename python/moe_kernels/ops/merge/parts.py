@@ -1,4 +1,4 @@
-"""Methods that look at whole rows, or at all experts before one is known: a part of the tensor at a time, several times."""
+"""Methods that look at whole rows, or at all experts before one is known: passes over a tensor, part by part."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -76,11 +76,11 @@ def della(parts: Parts, density: float, epsilon: float, keys: list[int], recipe:
             found.append([float(one.double().abs().sum()) for one in (t, kept(part, t, key))])
     totals = [tuple(map(math.fsum, zip(*found, strict=True))) for found in sums]
     rescale = [after / before if before and after else 1.0 for before, after in totals]
-    return parts.merge(
-        row,
-        lambda part, deltas: [kept(part, t, key) / r for t, key, r in zip(deltas, keys, rescale, strict=True)],
-        recipe,
-    )
+
+    def rescaled(part: slice, deltas: list[Tensor]) -> list[Tensor]:
+        return [kept(part, t, key) / by for t, key, by in zip(deltas, keys, rescale, strict=True)]
+
+    return parts.merge(row, rescaled, recipe)
 
 
 def sce(parts: Parts, select_topk: float, lambda_: float) -> Tensor:
