@@ -3,6 +3,9 @@
 // Loops over arrays of a block that the compiler turns into vectors; every element's sums run over the experts in order.
 #pragma once
 
+#include <bit>
+#include <limits>
+
 #include "common/philox.h"
 #include "microkernels/merge_table.h"
 #include "microkernels/vec.h"
@@ -107,14 +110,20 @@ MOE_INLINE void kept_differences(const T* base, const MergeExpert<T>& expert_in,
   keep_some<T>(first, n, source, t);
 }
 
-// Elements whose sum is zero although a term is not.
+// sum += t, and any |= the bits of t, which says where there is a term: beside the sum it costs no second pass.
 template <class Acc>
-MOE_INLINE int64_t count_undecided(const Acc* sum, const Acc* deltas, int64_t n, int64_t num_sources) {
-  Acc any[kMergeBlock] = {};  // not zero where a term is not
-  for (int64_t k = 0; k < num_sources; ++k)
-    for (int64_t i = 0; i < n; ++i) any[i] = deltas[k * kMergeBlock + i] != 0 ? Acc(1) : any[i];
+MOE_INLINE void add_and_see(const Acc* t, int64_t n, Acc* sum, Index<Acc>* any) {
+  for (int64_t i = 0; i < n; ++i) {
+    sum[i] += t[i];
+    any[i] |= std::bit_cast<Index<Acc>>(t[i]);
+  }
+}
+
+// Elements whose sum is zero although a term is not (of either sign).
+template <class Acc>
+MOE_INLINE int64_t count_undecided(const Acc* sum, const Index<Acc>* any, int64_t n) {
   int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) count += (sum[i] == 0) & (any[i] != 0);
+  for (int64_t i = 0; i < n; ++i) count += (sum[i] == 0) & ((any[i] & std::numeric_limits<Index<Acc>>::max()) != 0);
   return count;
 }
 
@@ -123,13 +132,17 @@ static int64_t merge(const T* base, const MergeExpert<T>* experts, int64_t first
                      int64_t num_sources, const MergeRule<acc_t<T>>& rule, acc_t<T>* deltas, T* out) {
   using Acc = acc_t<T>;
   Acc sum[kMergeBlock] = {}, total[kMergeBlock] = {};
+  Index<Acc> any[kMergeBlock] = {};
+  const bool sees = rule.election == Election::sign_of_sum && rule.zero_sign == 0;
   const T* from = base == nullptr ? nullptr : base + first;
   for (int64_t k = 0; k < num_sources; ++k) {
     Acc* t = deltas + k * kMergeBlock;
     kept_differences(from, experts[k], first, n, sources[k], t);
     if (sources[k].before != Acc(1))
       for (int64_t i = 0; i < n; ++i) t[i] = t[i] * sources[k].before;
-    if (rule.election != Election::none)
+    if (sees)
+      add_and_see(t, n, sum, any);
+    else if (rule.election != Election::none)
       for (int64_t i = 0; i < n; ++i) sum[i] += t[i];
   }
   int64_t result = 0;
@@ -138,7 +151,7 @@ static int64_t merge(const T* base, const MergeExpert<T>* experts, int64_t first
     return result;
   }
   if (rule.election == Election::sign_of_sum) {
-    if (rule.zero_sign == 0) result = count_undecided(sum, deltas, n, num_sources);
+    if (sees) result = count_undecided(sum, any, n);
     for (int64_t i = 0; i < n; ++i) sum[i] = sum[i] == 0 ? rule.zero_sign : sum[i];
   }
   Acc count[kMergeBlock] = {};

@@ -262,6 +262,12 @@ def test_compare():
     assert (found.both, found.agree) == (120, 90)
     assert found.cosine == pytest.approx(torch.cosine_similarity(one, other, 0).item())
     assert compare(TernaryDelta.from_signs(one), TernaryDelta.from_signs(one * 0)).cosine == 0
+    whole = compress({"a": one.double(), "b": other.double(), "c": one.double()}, 1.0)
+    tuned = compress({"a": other.double(), "b": other.double(), "d": one.double()}, 1.0)
+    parts = [compare(whole[name], decompress(tuned[name])) for name in "ab"]
+    assert compare(whole, tuned)[:2] == (sum(part.both for part in parts), sum(part.agree for part in parts))
+    with pytest.raises(TypeError, match="must be task vectors, or two state dicts of them, got Tensor"):
+        compare(one, other)
     with pytest.raises(ValueError, match="compare: second must be of shape"):
         compare(TernaryDelta.from_signs(one), TernaryDelta.from_signs(one[:5]))
 

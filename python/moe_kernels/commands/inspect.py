@@ -77,17 +77,12 @@ def _print_checkpoint(path: str, checkpoint, arguments: Namespace) -> None:
 
 
 def _print_agreement(first: str, second: str, one: dict, other: dict) -> None:
-    from moe_kernels import compare, decompress
+    from moe_kernels import compare
 
-    both = agree = ones = others = 0
-    for name in one.keys() & other.keys():
-        if one[name].shape == other[name].shape:
-            found = compare(decompress(one[name]), decompress(other[name]))
-            both, agree = both + found.both, agree + found.agree
-            ones, others = ones + one[name].nnz, others + other[name].nnz
-    cosine = (2 * agree - both) / (ones * others) ** 0.5 if ones and others else 0.0
-    conflicts = (both - agree) / both if both else 0.0
+    same = [name for name in one if name in other and one[name].shape == other[name].shape]
+    found = compare({name: one[name] for name in same}, {name: other[name] for name in same})
+    conflicts = (found.both - found.agree) / found.both if found.both else 0.0
     print(
-        f"{first} and {second}: {both:,} parameters in both, opposite signs in {conflicts:.1%} of them, "
-        f"cosine {cosine:.4f}"
+        f"{first} and {second}: {found.both:,} parameters in both, opposite signs in {conflicts:.1%} of them, "
+        f"cosine {found.cosine:.4f}"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from moe_kernels import PackedDelta, compare, compress, decompress
+from moe_kernels import PackedDelta, compare, compress
 from moe_kernels.demo.lora import sequence_losses
 from moe_kernels.demo.model import LanguageModel
 from moe_kernels.demo.perplexity import windows_of
@@ -144,9 +144,8 @@ def losses(model: nn.Module, windows: Mapping[str, Tensor]) -> dict[str, float]:
 
 def agreement(first: Mapping[str, PackedDelta], second: Mapping[str, PackedDelta]) -> dict:
     """Shares of the kept entries, over all tensors."""
-    found = [compare(decompress(first[name]), decompress(second[name])) for name in first]
-    both = sum(one.both for one in found)
+    found = compare(first, second)
     return {
-        "both": both / max(sum(delta.nnz for delta in first.values()), 1),
-        "opposite": sum(one.both - one.agree for one in found) / max(both, 1),
+        "both": found.both / max(sum(delta.nnz for delta in first.values()), 1),
+        "opposite": (found.both - found.agree) / max(found.both, 1),
     }

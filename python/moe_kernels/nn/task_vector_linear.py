@@ -23,7 +23,8 @@ class TaskVectorLinear(nn.Module):
         coefficients: one number for each task vector, or one for all.
 
     Attributes:
-        scales: [num_deltas] float64 buffer. It stays on the CPU's side of each call: read once, when it changes.
+        scales: [num_deltas] float64 buffer, which ``load_state_dict`` changes. A call does not read it, so that the
+            host need not wait for the device: what else is written there has no effect; change ``coefficients``.
     """
 
     def __init__(

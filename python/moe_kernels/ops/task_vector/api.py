@@ -159,23 +159,43 @@ class Overlap(NamedTuple):
     cosine: float
 
 
-def compare(first: TernaryDelta, second: TernaryDelta) -> Overlap:
-    """Overlap, sign conflicts and cosine of two task vectors, from their bit planes alone.
+Ternary = TernaryDelta | PackedDelta
 
-    ``cosine = (agree - disagree) / sqrt(nnz_first * nnz_second)``; scales cancel.
+
+def compare(first: Ternary | Mapping[str, Ternary], second: Ternary | Mapping[str, Ternary]) -> Overlap:
+    """Overlap, sign conflicts and cosine of two ternary task vectors, from their bit planes alone.
+
+    ``cosine = (agree - disagree) / sqrt(nnz_first * nnz_second)``; scales cancel. Of two state dicts: of the tensors
+    that both have, as one vector.
+
+    Raises:
+        ValueError: shapes that differ, or a task vector whose t is no sign.
     """
     op = "compare"
-    for name, delta in (("first", first), ("second", second)):
-        if not isinstance(delta, TernaryDelta):
-            raise TypeError(f"{op}: {name} must be a TernaryDelta, got {type(delta).__name__}; call decompress")
-    if first.shape != second.shape:
-        raise value_error(op, "second", f"of shape {list(first.shape)}", list(second.shape))
-    check_same_device(op, first=first.planes, second=second.planes)
-    both = first.planes[:, 0] & second.planes[:, 0]
-    shared = int(popcount(both).sum())
-    agree = shared - int(popcount(both & (first.planes[:, 1] ^ second.planes[:, 1])).sum())
-    norm = math.sqrt(first.nnz * second.nnz)
-    return Overlap(shared, agree, (2 * agree - shared) / norm if norm else 0.0)
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        pairs = [(first[name], second[name], name) for name in first if name in second]
+    else:
+        pairs = [(first, second, "second")]
+    both = agree = first_nnz = second_nnz = 0
+    for one, other, name in pairs:
+        one, other = _ternary(op, one), _ternary(op, other)
+        if one.shape != other.shape:
+            raise value_error(op, name, f"of shape {list(one.shape)}", list(other.shape))
+        check_same_device(op, first=one.planes, second=other.planes)
+        shared = one.planes[:, 0] & other.planes[:, 0]
+        count = int(popcount(shared).sum())
+        both += count
+        agree += count - int(popcount(shared & (one.planes[:, 1] ^ other.planes[:, 1])).sum())
+        first_nnz, second_nnz = first_nnz + one.nnz, second_nnz + other.nnz
+    norm = math.sqrt(first_nnz * second_nnz)
+    return Overlap(both, agree, (2 * agree - both) / norm if norm else 0.0)
+
+
+def _ternary(op: str, delta) -> TernaryDelta:
+    if not isinstance(delta, (TernaryDelta, PackedDelta)):
+        expected = "task vectors, or two state dicts of them"
+        raise TypeError(f"{op}: first and second must be {expected}, got {type(delta).__name__}; call compress")
+    return decompress(delta) if isinstance(delta, PackedDelta) else delta
 
 
 def check_packed(packed: PackedDelta) -> None:
