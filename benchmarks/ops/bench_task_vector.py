@@ -2,6 +2,7 @@
 
 ``--tokens`` is the number of task vectors that are added or merged at once. Peers: ComPEFT's recipe (its repository
 writes dense tensors back and packs nothing), a dense int8 vector, index_add of positions, a sparse CSR tensor, PEFT.
+The patch is what a step of 3e-6 on float32 weights does to their copies in the dtype; torch keeps positions and values.
 """
 
 from collections.abc import Callable
@@ -11,12 +12,23 @@ from torch import Tensor
 
 from benchmarks.harness import MEMCPY, Candidate, Cell, Cells, Check, Context
 from benchmarks.providers.base import installed_version, module_missing
-from moe_kernels import PackedDelta, TernaryDelta, apply_, compress, decompress, merge, unapply_
+from moe_kernels import (
+    PackedDelta,
+    TernaryDelta,
+    apply_,
+    apply_patch_,
+    compress,
+    decompress,
+    make_patch,
+    merge,
+    unapply_,
+)
 
 SUMMARY = "compress, apply_, unapply_, TIES of task vectors; --tokens: how many are added or merged at once"
 DEFAULTS = dict(shapes=["16M"], dtypes=["bf16", "fp32"], tokens=[1, 8])
 PROVIDER_NAMES = [
-    "ours", "ours_packed", "compeft", "torch_int8", "torch_index_add", "torch_csr", "peft", MEMCPY,
+    "ours", "ours_packed", "ours_values", "compeft", "torch_int8", "torch_index_add", "torch_csr", "torch_index_copy",
+    "peft", MEMCPY,
 ]  # fmt: skip
 
 _SHAPES = {"16M": (4096, 4096), "toy": (64, 80)}
@@ -38,6 +50,7 @@ def cells(context: Context) -> Cells:
                 yield _compress_cell(context, shape_name, dtype, dense[0])
                 if most > 1:
                     yield _ties_cell(context, shape_name, [_COEFFICIENT * delta for delta in dense])
+            yield from _patch_cells(context, shape_name, dtype, generator)
             for count in context.tokens:
                 yield _apply_cell(context, shape_name, weight, packed[:count])
                 yield _undo_cell(context, shape_name, weight, packed[:count])
@@ -122,9 +135,56 @@ def _apply_cell(context: Context, shape: str, weight: Tensor, packed: list[Packe
         context, "apply", shape, weight.dtype, len(packed), moved,
         ours(planes),
         ours(packed),
+        *([_ours_values(weight)] if len(packed) == 1 else []),
         Candidate("torch_int8", int8, version=torch.__version__),
         Candidate("torch_index_add", index_add, version=torch.__version__),
         *([Candidate("torch_csr", csr, version=torch.__version__)] if csr else []),
+    )  # fmt: skip
+
+
+def _ours_values(weight: Tensor) -> Candidate:
+    """As many entries with their values in bfloat16."""
+    change = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+    kept = compress(change, _DENSITY, values=torch.bfloat16)
+    scratch = weight.clone()
+
+    def checked() -> Check:
+        few, some = weight.view(-1)[: 1 << 16], compress(change.view(-1)[: 1 << 16], _DENSITY, values=torch.bfloat16)
+        actual, expected = few.clone(), few.clone()
+        apply_(actual, some, _COEFFICIENT)
+        apply_(expected, some, _COEFFICIENT, backend="reference")
+        return _same(actual, expected)
+
+    return Candidate("ours_values", lambda i: apply_(scratch, kept, _COEFFICIENT), checked, True, "native")
+
+
+def _patch_cells(context: Context, shape: str, dtype: torch.dtype, generator: torch.Generator) -> Cells:
+    trained = torch.randn(_SHAPES[shape], generator=generator) * 0.02
+    step = 3e-6 * torch.randn(trained.shape, generator=generator)
+    base, weight = trained.to(dtype), (trained + step).to(dtype)
+    patch, scratch = make_patch(weight, base), base.clone()
+
+    def applied() -> Check:
+        fresh = base.clone()
+        apply_patch_(fresh, patch)
+        return _same(fresh, weight)
+
+    def torch_find(i: int) -> tuple[Tensor, Tensor]:
+        positions = (weight.view(-1) != base.view(-1)).nonzero()[:, 0]
+        return positions, weight.view(-1)[positions]
+
+    positions, values = torch_find(0)
+    size = base.numel() * base.element_size()
+    yield _cell(
+        context, "make_patch", shape, dtype, 1, 2 * size,
+        Candidate("ours", lambda i: make_patch(weight, base), applied, True, "native"),
+        Candidate("torch_index_copy", torch_find, version=torch.__version__),
+    )  # fmt: skip
+    yield _cell(
+        context, "apply_patch", shape, dtype, 1, 2 * size + patch.nbytes,
+        Candidate("ours", lambda i: apply_patch_(scratch, patch), applied, True, "native"),
+        Candidate("torch_index_copy", lambda i: scratch.view(-1).index_copy_(0, positions, values),
+                  version=torch.__version__),
     )  # fmt: skip
 
 
