@@ -71,6 +71,7 @@ class MoEFeedForward(nn.Module):
         shared_gate: [1, hidden_size] or None.
         expert_bias: [number of logits] float32, whatever the layer's dtype, saved with the layer; or None.
         expert_counts: [number of logits] int64, picks since the last :meth:`update_expert_bias`; not saved; or None.
+        run_experts: :func:`expert_ffn`, or what :class:`moe_kernels.distributed.ExpertParallel` put in its place.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class MoEFeedForward(nn.Module):
         self.routing = routing
         self.num_identity_experts = num_identity_experts
         self.num_null_experts = num_null_experts
+        self.run_experts: Callable[..., Tensor] = expert_ffn
         place = {"device": device, "dtype": dtype}
         rows = 2 if activation.gated else 1
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, rows * intermediate_size, hidden_size, **place))
@@ -178,7 +180,7 @@ class MoEFeedForward(nn.Module):
         self._observe(routed)
 
         experts = (expert_weights(self.gate_up_proj), expert_weights(self.down_proj))
-        out = expert_ffn(tokens, topk_ids, topk_weights, *experts, activation=self.activation)
+        out = self.run_experts(tokens, topk_ids, topk_weights, *experts, activation=self.activation)
         if self.num_identity_experts:
             share = identity_weights(topk_ids, topk_weights, self.num_experts)
             out = out + share[:, None].to(out.dtype) * tokens.to(out.dtype)

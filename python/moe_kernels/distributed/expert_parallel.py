@@ -1,0 +1,189 @@
+"""Experts spread over the ranks of a mesh: :class:`ExpertParallel`, :func:`expert_parallel_ffn`."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import DeviceMesh, ProcessGroup
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from moe_kernels._checks import FLOAT_DTYPES, value_error
+from moe_kernels._dispatch import autocast_enabled
+from moe_kernels.activation import Activation
+from moe_kernels.distributed.dispatch import exchange
+from moe_kernels.distributed.sizes import raise_disagreement
+from moe_kernels.nn import MoEFeedForward, QuantizedExperts
+from moe_kernels.ops.expert_ffn import expert_ffn
+
+_OP = "ExpertParallel"
+_SILU = Activation()
+
+
+def expert_parallel_ffn(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    group: ProcessGroup,
+    layer: str = "expert_parallel_ffn",
+    activation: Activation = _SILU,
+) -> Tensor:
+    """:func:`moe_kernels.expert_ffn` where each rank has tokens of its own and its share of the experts.
+
+    A token's row travels once to each rank that owns one of its experts, and one row comes back from each; see
+    :func:`moe_kernels.distributed.dispatch.exchange` for what is sent. On each rank :func:`expert_ffn` runs.
+
+    Args:
+        hidden_states: [num_tokens, hidden_size], as many on each rank as it likes, also none.
+        topk_ids: [num_tokens, top_k], int32 or int64, in [0, num_experts) over all ranks; others are skipped.
+        topk_weights: [num_tokens, top_k].
+        gate_up_proj, down_proj: this rank's experts, [num_experts / world_size, ...], as many on each rank: rank r has
+            the r-th block.
+        group: the ranks; all of them must call, and run backward where a gradient is needed.
+        layer: name for errors.
+        activation: see :func:`expert_ffn`.
+
+    Returns:
+        [num_tokens, hidden_size], dtype of ``hidden_states`` (autocast as in :func:`expert_ffn`; rows then travel in
+        the autocast dtype).
+
+        Differentiable as :func:`expert_ffn`. A rank's sum over its experts is rounded to the dtype of the rows before
+        it travels, and the sums are added in rising order of ranks. So a token's output has the same bits whichever
+        rank it starts on and whatever tokens stand beside it or elsewhere; it equals a single process to rounding, and
+        to the bit where all experts of a token are on one rank. The gradient of the experts adds rows in order of
+        ranks, then tokens: it is that of one process which has the ranks' tokens one after another, to the bit.
+
+    Raises:
+        ValueError: on every rank, where the ranks' layers or dtypes differ; it names layer and rank.
+    """
+    if autocast_enabled(hidden_states.device.type):
+        hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
+
+    def experts(rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return expert_ffn(rows, ids, weights, gate_up_proj, down_proj, activation=activation)
+
+    num_experts = gate_up_proj.shape[0] * group.size()
+    return exchange(hidden_states, topk_ids, topk_weights, num_experts, experts, group, layer)
+
+
+class ExpertParallel(ParallelStyle):
+    """Spreads the experts of a :class:`MoEFeedForward` over a mesh dimension, for ``parallelize_module``.
+
+    ::
+
+        mesh = init_device_mesh("cuda", (8,), mesh_dim_names=("expert",))
+        parallelize_module(model, mesh, {"layers.*.mlp": ExpertParallel()})     # or shard_experts(model, mesh)
+
+    ``gate_up_proj`` and ``down_proj`` become DTensors with ``Shard(0)``: a rank keeps a block of num_experts /
+    world_size experts. The router, the shared expert and the buffers stay plain tensors, the same on all ranks. Forward
+    takes the rank's own tokens; see :func:`expert_parallel_ffn`.
+
+    Gradients: an expert's is the sum over the tokens of all ranks of the mesh; a replicated parameter's is this rank's
+    part of the sum, as in data parallelism. See :mod:`moe_kernels.distributed.data` for DDP and FSDP2.
+
+    Args:
+        layer: name for errors; by default the layer's class and sizes. :func:`shard_experts` gives its path in the
+            model.
+
+    Raises:
+        TypeError: a module that is no :class:`MoEFeedForward`.
+        ValueError: quantised experts, experts that the ranks cannot share equally, a mesh of several dimensions, or
+            layers that are not the same on all ranks (raised on every rank).
+    """
+
+    def __init__(self, layer: str = ""):
+        super().__init__()
+        self.layer = layer
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if not isinstance(module, MoEFeedForward):
+            raise TypeError(f"{_OP}: module must be a MoEFeedForward, got {type(module).__name__}")
+        layer = self.layer or repr(module).partition("\n")[0].rstrip("(")
+        _check(module, device_mesh, layer)
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(module, name)
+            shard = distribute_tensor(weight.detach(), device_mesh, [Shard(0)], src_data_rank=self.src_data_rank)
+            module.register_parameter(name, nn.Parameter(shard, requires_grad=weight.requires_grad))
+        if self.src_data_rank is not None:
+            _replicate(module, device_mesh.get_group(), self.src_data_rank)
+        module.run_experts = ShardedExperts(device_mesh, layer)
+        return module
+
+
+def shard_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Applies :class:`ExpertParallel` to every :class:`MoEFeedForward` of a model, and names it by its path."""
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoEFeedForward)]
+    if not found:
+        raise value_error("shard_experts", "model", "one with MoEFeedForward layers", type(model).__name__)
+    for name, module in found:
+        ExpertParallel(name)._apply(module, mesh)
+    return model
+
+
+class ShardedExperts(NamedTuple):
+    """``run_experts`` of a sharded layer: :func:`expert_parallel_ffn` over the DTensors' shards."""
+
+    mesh: DeviceMesh
+    layer: str
+
+    def __call__(
+        self,
+        hidden_states: Tensor,
+        topk_ids: Tensor,
+        topk_weights: Tensor,
+        gate_up_proj: DTensor,
+        down_proj: DTensor,
+        *,
+        activation: Activation,
+    ) -> Tensor:
+        return expert_parallel_ffn(
+            hidden_states,
+            topk_ids,
+            topk_weights,
+            gate_up_proj.to_local(),
+            down_proj.to_local(),
+            group=self.mesh.get_group(),
+            layer=self.layer,
+            activation=activation,
+        )
+
+
+def _check(module: MoEFeedForward, mesh: DeviceMesh, layer: str) -> None:
+    if mesh.ndim != 1:
+        remedy = "give the dimension of the experts, mesh['expert']"
+        raise value_error(f"{_OP}: {layer}", "device_mesh", "of one dimension", f"{mesh.ndim}", remedy)
+    if isinstance(module.gate_up_proj, QuantizedExperts) or isinstance(module.gate_up_proj, DTensor):
+        found = type(
+            module.gate_up_proj if isinstance(module.gate_up_proj, QuantizedExperts) else module.gate_up_proj.data
+        )
+        raise value_error(
+            f"{_OP}: {layer}", "gate_up_proj", "a plain parameter", found.__name__, "shard it once, first"
+        )
+    # the ranks look at each other's layers before one of them may raise and leave the others waiting
+    group, weights = mesh.get_group(), (module.gate_up_proj, module.down_proj)
+    if any(weight.dtype not in FLOAT_DTYPES for weight in weights):
+        raise value_error(f"{_OP}: {layer}", "dtype", f"one of {FLOAT_DTYPES}", weights[0].dtype)
+    told = [number for weight in weights for number in (*weight.shape, FLOAT_DTYPES.index(weight.dtype))]
+    mine = torch.tensor(told, device=mesh.device_type)
+    heard = [torch.empty_like(mine) for _ in range(mesh.size())]
+    dist.all_gather(heard, mine, group=group)
+    heard = [rank.tolist() for rank in heard]
+    for at, name in enumerate(("gate_up_proj", "down_proj")):
+        layouts = [rank[4 * at : 4 * at + 4] for rank in heard]
+        if any(layout != layouts[0] for layout in layouts):
+            raise_disagreement(layer, name, [f"{shape} {FLOAT_DTYPES[dtype]}" for *shape, dtype in layouts])
+    if module.num_experts % mesh.size():
+        expected = f"a multiple of the {mesh.size()} ranks"
+        remedy = "choose a mesh dimension that divides it, or add experts"
+        raise value_error(f"{_OP}: {layer}", "num_experts", expected, module.num_experts, remedy)
+
+
+@torch.no_grad()
+def _replicate(module: MoEFeedForward, group: ProcessGroup, source: int) -> None:
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not isinstance(tensor, DTensor) and not tensor.is_meta:
+            dist.broadcast(tensor, group=group, group_src=source)
