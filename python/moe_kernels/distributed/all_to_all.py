@@ -13,9 +13,20 @@ def launch(rows: Tensor, send: list[int], receive: list[int], group: ProcessGrou
     return torch.ops._c10d_functional.all_to_all_single(rows.contiguous(), receive, send, group.group_name)
 
 
-def finish(pending: Tensor) -> Tensor:
-    """The rows of :func:`launch`, once they are there. On a GPU its stream waits, not the host."""
-    return torch.ops._c10d_functional.wait_tensor(pending)
+def finish(pending: Tensor, layer: str) -> Tensor:
+    """The rows of :func:`launch`, once they are there. On a GPU its stream waits, not the host.
+
+    Raises:
+        RuntimeError: a rank ended, or did not answer within the process group's timeout (gloo; NCCL's watchdog ends the
+            process itself). It names the layer.
+    """
+    try:
+        return torch.ops._c10d_functional.wait_tensor(pending)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"ExpertParallel: {layer}: all ranks of the expert group must reach this exchange, but one ended or did "
+            "not answer within the process group's timeout; see its own error, then start all ranks again from a checkpoint"
+        ) from error
 
 
 class Exchange:
@@ -23,7 +34,7 @@ class Exchange:
 
     ::
 
-        exchange = Exchange(send, receive, group)
+        exchange = Exchange(send, receive, group, layer)
         ticket = exchange.start(rows)        # [sum(send), ...]
         ...                                  # work that does not need them
         rows = exchange.wait(ticket)         # [sum(receive), ...], by rank
@@ -33,8 +44,8 @@ class Exchange:
     every rank of the group must start as many, in the same order.
     """
 
-    def __init__(self, send: list[int], receive: list[int], group: ProcessGroup):
-        self.send, self.receive, self.group = send, receive, group
+    def __init__(self, send: list[int], receive: list[int], group: ProcessGroup, layer: str):
+        self.send, self.receive, self.group, self.layer = send, receive, group, layer
         self.pending: Tensor | None = None  # rows on their way, forward or backward
 
     def start(self, rows: Tensor) -> Tensor:
@@ -45,7 +56,7 @@ class Exchange:
 
     def finish(self) -> Tensor:
         pending, self.pending = self.pending, None
-        return finish(pending)
+        return finish(pending, self.layer)
 
 
 # the rows themselves cannot pass from one to the other: a gradient must have the shape of its tensor, and as many rows

@@ -95,18 +95,18 @@ def exchange(
     counts = (plan.tokens.expert_offsets.diff(), plan.pairs.expert_offsets.diff())
     sizes = exchange_sizes(*counts, hidden_states, topk_weights, num_experts, group, layer)
     token_plan = plan.tokens.cut(sum(sizes.rows_sent))
-    there = Exchange(sizes.rows_sent, sizes.rows_received, group)
-    back = Exchange(sizes.rows_received, sizes.rows_sent, group)
+    there = Exchange(sizes.rows_sent, sizes.rows_received, group, layer)
+    back = Exchange(sizes.rows_received, sizes.rows_sent, group, layer)
 
     ticket = there.start(permute(hidden_states, token_plan))
-    ids, weights = _send_pairs(plan, sizes, group)
+    ids, weights = _send_pairs(plan, sizes, group, layer)
     out = experts(there.wait(ticket), ids, weights)
     return unpermute(back.wait(back.start(out)), token_plan)
 
 
-def _send_pairs(plan: RankPlan, sizes: Sizes, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+def _send_pairs(plan: RankPlan, sizes: Sizes, group: ProcessGroup, layer: str) -> tuple[Tensor, Tensor]:
     """ids, weights [num_rows, top_k] of the rows that this rank receives."""
-    of_codes, of_weights = (Exchange(sizes.pairs_sent, sizes.pairs_received, group) for _ in range(2))
+    of_codes, of_weights = (Exchange(sizes.pairs_sent, sizes.pairs_received, group, layer) for _ in range(2))
     pair_plan = plan.pairs.cut(sum(sizes.pairs_sent))
     codes_ticket = of_codes.start(plan.codes[pair_plan.source_rows.long()])
     weights_ticket = of_weights.start(permute(plan.topk_weights.reshape(-1, 1), pair_plan))

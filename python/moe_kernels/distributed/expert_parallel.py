@@ -102,7 +102,7 @@ class ExpertParallel(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, MoEFeedForward):
             raise TypeError(f"{_OP}: module must be a MoEFeedForward, got {type(module).__name__}")
-        layer = self.layer or repr(module).partition("\n")[0].rstrip("(")
+        layer = self.layer or f"{type(module).__name__}({module.extra_repr()})"
         _check(module, device_mesh, layer)
         for name in ("gate_up_proj", "down_proj"):
             weight = getattr(module, name)

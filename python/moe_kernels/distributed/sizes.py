@@ -10,7 +10,7 @@ from moe_kernels._checks import FLOAT_DTYPES
 from moe_kernels.distributed.all_to_all import finish, launch
 
 #: what must be the same on all ranks, or the exchange would read rows at a wrong size or wait for ever
-_KIND = ("hidden_size", "dtype of hidden_states", "dtype of topk_weights", "num_experts", "gradients of")
+_KIND = ("hidden_size", "dtype of hidden_states", "dtype of topk_weights", "num_experts", "who needs a gradient")
 _GRADIENTS = ("neither", "hidden_states", "topk_weights", "hidden_states and topk_weights")
 
 
@@ -60,7 +60,7 @@ def exchange_sizes(
     told = torch.tensor([top_k, *kind], device=rows.device).expand(world_size, -1)
     sent = torch.cat([rows[:, None].long(), pairs[:, None].long(), told], 1)
     once = [1] * world_size
-    received = finish(launch(sent, once, once, group))
+    received = finish(launch(sent, once, once, group), layer)
     sent, received = torch.stack([sent, received]).tolist()
     _check_agreement([peer[3:] for peer in received], layer)
     return Sizes(
@@ -78,7 +78,7 @@ def _check_agreement(kinds: list[list[int]], layer: str) -> None:
         if len(set(values)) > 1:
             if name.startswith("dtype"):
                 values = [FLOAT_DTYPES[value] for value in values]
-            elif name.startswith("gradients"):
+            elif name.startswith("who"):
                 values = [_GRADIENTS[value] for value in values]
             raise_disagreement(layer, name, values)
 
