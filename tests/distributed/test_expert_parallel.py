@@ -72,8 +72,11 @@ def sharded_step(
     return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in found.items()}
 
 
-def one_process(results: list[dict], world_size: int) -> dict[str, Tensor]:
-    """What one process would have: tokens one after another, gradients of what is replicated added up."""
+def one_process(results: list[dict], world_size: int, scale: int = 1) -> dict[str, Tensor]:
+    """What one process would have: tokens one after another, gradients of what is replicated added up.
+
+    scale: a layer's experts have the mean over the ranks, times their number it is the sum, exactly (a power of two).
+    """
     for first, second in zip(results, results[world_size:], strict=False):  # the other halves of the mesh
         assert all(torch.equal(first[name], second[name]) for name in first)
     results = results[:world_size]
@@ -82,7 +85,7 @@ def one_process(results: list[dict], world_size: int) -> dict[str, Tensor]:
         values = [result[name] for result in results]
         if name in OF_EXPERTS:
             assert all(torch.equal(value, other) for other in values)
-            together[name] = value
+            together[name] = value * scale
         else:
             together[name] = torch.cat(values) if name in OF_TOKENS else torch.stack(values).sum(0)
     return together
@@ -122,7 +125,7 @@ def test_every_kind_of_layer(ranks, options):
 
 
 def check_against_one_process(ranks, world_size, tokens, forced, dtype, options):
-    actual = one_process(ranks.run(sharded_step, world_size, tokens, forced, dtype, options), world_size)
+    actual = one_process(ranks.run(sharded_step, world_size, tokens, forced, dtype, options), world_size, world_size)
     arguments = batch(sum(tokens), forced, dtype)
     layer = build(dtype, **options)
     eager = step(layer, *arguments)

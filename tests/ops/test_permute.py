@@ -198,7 +198,6 @@ def test_a_plan_of_other_tokens_reads_nothing(backend, raises_in_kernel):
         native.unpermute(torch.randn(6, 2), torch.full_like(plan.permuted_rows, 99), None)
 
 
-@pytest.mark.on_gpus
 @pytest.mark.with_reference
 @pytest.mark.parametrize("topk_ids", [[[1, -1], [0, 1], [-1, -1]], [[-1, 9]], []], ids=["some", "none", "no tokens"])
 def test_a_plan_cut_to_its_rows(backend, topk_ids):

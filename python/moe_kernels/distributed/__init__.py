@@ -3,6 +3,15 @@
 Imported on demand: ``import moe_kernels`` does not load it.
 """
 
+from moe_kernels.distributed.balance import balance_loss
+from moe_kernels.distributed.data import data_parallel, fully_shard_experts
 from moe_kernels.distributed.expert_parallel import ExpertParallel, expert_parallel_ffn, shard_experts
 
-__all__ = ["ExpertParallel", "expert_parallel_ffn", "shard_experts"]
+__all__ = [
+    "ExpertParallel",
+    "balance_loss",
+    "data_parallel",
+    "expert_parallel_ffn",
+    "fully_shard_experts",
+    "shard_experts",
+]

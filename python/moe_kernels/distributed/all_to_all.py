@@ -25,7 +25,7 @@ def finish(pending: Tensor, layer: str) -> Tensor:
     except RuntimeError as error:
         raise RuntimeError(
             f"ExpertParallel: {layer}: all ranks of the expert group must reach this exchange, but one ended or did "
-            "not answer within the process group's timeout; see its own error, then start all ranks again from a checkpoint"
+            "not answer within the process group's timeout; see its own error, then restart all ranks from a checkpoint"
         ) from error
 
 

@@ -82,8 +82,9 @@ class ExpertParallel(ParallelStyle):
     world_size experts. The router, the shared expert and the buffers stay plain tensors, the same on all ranks. Forward
     takes the rank's own tokens; see :func:`expert_parallel_ffn`.
 
-    Gradients: an expert's is the sum over the tokens of all ranks of the mesh; a replicated parameter's is this rank's
-    part of the sum, as in data parallelism. See :mod:`moe_kernels.distributed.data` for DDP and FSDP2.
+    Gradients: each rank's loss is that of its own tokens, as in data parallelism. An expert's gradient is the mean over
+    the ranks of the mesh (each adds ``1 / world_size`` of its tokens' gradient), as DDP and FSDP average those of what
+    is replicated, which are left to them: see :mod:`moe_kernels.distributed.data`.
 
     Args:
         layer: name for errors; by default the layer's class and sizes. :func:`shard_experts` gives its path in the
@@ -140,12 +141,15 @@ class ShardedExperts(NamedTuple):
         *,
         activation: Activation,
     ) -> Tensor:
+        weights = [weight.to_local() for weight in (gate_up_proj, down_proj)]
+        for weight in weights:
+            if weight.requires_grad and self.mesh.size() > 1:
+                weight.register_hook(lambda grad: grad / self.mesh.size())
         return expert_parallel_ffn(
             hidden_states,
             topk_ids,
             topk_weights,
-            gate_up_proj.to_local(),
-            down_proj.to_local(),
+            *weights,
             group=self.mesh.get_group(),
             layer=self.layer,
             activation=activation,

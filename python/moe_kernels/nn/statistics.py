@@ -74,6 +74,22 @@ class ModuleStatistics:
         finally:
             self._labels = before
 
+    def all_reduce(self, group: "torch.distributed.ProcessGroup | None" = None) -> None:
+        """Adds up what the ranks of a group (None: all) have counted, each over its own tokens; all of them must call.
+
+        Every rank then has the counts of the whole batch. The ranks may have seen different kinds.
+        """
+        device = torch.distributed.distributed_c10d._get_pg_default_device(group)
+        num_labels = {name: tokens.numel() for name, tokens in self.tokens.items()}
+        most = torch.tensor(list(num_labels.values()), device=device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=group)
+        for name, labels in zip(num_labels, most.tolist(), strict=True):
+            self._grow(name, labels, self.counts[name].shape[1])
+            for table in (self.counts, self.weights, self.tokens):
+                total = table[name].to(device)
+                torch.distributed.all_reduce(total, group=group)
+                table[name] = total.cpu()
+
     def share(self, name: str) -> Tensor:
         """``counts / tokens``: the share of each kind's tokens that took each expert, 0 where no token was seen."""
         return self.counts[name] / self.tokens[name].clamp(min=1)[:, None]
