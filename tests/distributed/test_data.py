@@ -79,11 +79,11 @@ def full(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def train_on_ranks(how: str, world_size: int, recompute: bool) -> tuple[dict, Tensor]:
+def train_on_ranks(how: str, world_size: int, recompute: bool, chunk_tokens: int | None = None) -> tuple[dict, Tensor]:
     rank, world = distributed.get_rank(), distributed.get_world_size()
     mine = slice(sum(TOKENS[:rank]), sum(TOKENS[: rank + 1]))
     mesh = mesh_of(world_size)
-    model = moe_distributed.shard_experts(build(recompute), mesh["expert"])
+    model = moe_distributed.shard_experts(build(recompute), mesh["expert"], chunk_tokens=chunk_tokens)
     layer, before_last = model[2].mlp, lambda last: None
     if how == "ddp":
         model = moe_distributed.data_parallel(model, mesh["data"])
@@ -104,7 +104,15 @@ def train_on_ranks(how: str, world_size: int, recompute: bool) -> tuple[dict, Te
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("how", ["ddp", "fsdp"])
 def test_training_equals_one_process(ranks, how, world_size, recompute):
-    results = ranks.run(train_on_ranks, how, world_size, recompute)
+    check_training(ranks.run(train_on_ranks, how, world_size, recompute))
+
+
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_training_in_chunks_equals_one_process(ranks, how):
+    check_training(ranks.run(train_on_ranks, how, 2, False, 2))
+
+
+def check_training(results: list) -> None:
     model, everything = build(False), slice(None)
     expected = train(copy.deepcopy(model).double(), everything, 1, torch.float64)
     eager = train(model, everything, 1, torch.float32)

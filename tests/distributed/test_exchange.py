@@ -6,6 +6,7 @@ from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_kernels.distributed import expert_parallel_ffn
+from moe_kernels.distributed.sizes import NUMBERS
 from tests.distributed.test_expert_parallel import EXPERTS, FORCED, HIDDEN, TOKENS, ffn_arguments, ffn_step, share
 
 WORLD_SIZE = 4
@@ -68,7 +69,7 @@ def test_each_token_goes_to_each_rank_once(ranks, tokens, forced, dtype):
                         pairs.append((source, target))
         rows_out, rows_in = (sum(route[at] == rank for route in routes) for at in (1, 2))
         pairs_out, pairs_in = (sum(pair[at] == rank for pair in pairs) for at in (0, 1))
-        sizes = (WORLD_SIZE - 1) * 8 * 8  # eight int64 to each other rank
+        sizes = (WORLD_SIZE - 1) * NUMBERS * 8
         assert forward == (rows_out + rows_in) * row + pairs_out * (4 + weight) + sizes
         assert backward == (rows_in + rows_out) * row + pairs_in * weight
         assert (calls, backward_calls) == (5, 3)

@@ -153,7 +153,7 @@ def ffn_arguments(num_tokens: int, dtype: torch.dtype) -> list[Tensor]:
     return [x, ids, weights, layer.gate_up_proj.detach(), layer.down_proj.detach(), grad]
 
 
-def sharded_ffn_step(world_size: int, tokens: list[int], dtype: torch.dtype) -> dict:
+def sharded_ffn_step(world_size: int, tokens: list[int], dtype: torch.dtype, **options) -> dict:
     mesh = mesh_of(world_size)["expert"]
     rank, group = mesh.get_local_rank(), mesh.get_group()
     mine, experts = (
@@ -161,7 +161,7 @@ def sharded_ffn_step(world_size: int, tokens: list[int], dtype: torch.dtype) -> 
         slice(rank * EXPERTS // world_size, (rank + 1) * EXPERTS // world_size),
     )
     x, ids, weights, gate_up, down, grad = ffn_arguments(sum(tokens), dtype)
-    ffn = partial(expert_parallel_ffn, group=group)
+    ffn = partial(expert_parallel_ffn, group=group, **options)
     found = ffn_step(ffn, x[mine], ids[mine], weights[mine], gate_up[experts], down[experts], grad[mine])
     for name in OF_EXPERTS:
         parts = [torch.empty_like(found[name]) for _ in range(world_size)]

@@ -1,5 +1,7 @@
 """Experts spread over the ranks of a mesh: :class:`ExpertParallel`, :func:`expert_parallel_ffn`."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,10 +12,11 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from moe_kernels._checks import FLOAT_DTYPES, value_error
-from moe_kernels._dispatch import autocast_enabled
+from moe_kernels._dispatch import autocast, autocast_enabled
 from moe_kernels.activation import Activation
-from moe_kernels.distributed.dispatch import exchange
+from moe_kernels.distributed.chunks import run_in_chunks
 from moe_kernels.distributed.sizes import raise_disagreement
+from moe_kernels.distributed.trip import Trip
 from moe_kernels.nn import MoEFeedForward, QuantizedExperts
 from moe_kernels.ops.expert_ffn import expert_ffn
 
@@ -31,11 +34,12 @@ def expert_parallel_ffn(
     group: ProcessGroup,
     layer: str = "expert_parallel_ffn",
     activation: Activation = _SILU,
+    chunk_tokens: int | None = None,
 ) -> Tensor:
     """:func:`moe_kernels.expert_ffn` where each rank has tokens of its own and its share of the experts.
 
     A token's row travels once to each rank that owns one of its experts, and one row comes back from each; see
-    :func:`moe_kernels.distributed.dispatch.exchange` for what is sent. On each rank :func:`expert_ffn` runs.
+    :class:`moe_kernels.distributed.trip.Trip` for what is sent. On each rank :func:`expert_ffn` runs.
 
     Args:
         hidden_states: [num_tokens, hidden_size], as many on each rank as it likes, also none.
@@ -46,6 +50,8 @@ def expert_parallel_ffn(
         group: the ranks; all of them must call, and run backward where a gradient is needed.
         layer: name for errors.
         activation: see :func:`expert_ffn`.
+        chunk_tokens: how many tokens of each rank travel at a time; None for all. It bounds the memory, also that kept
+            for backward, where all tokens go to one rank; see :mod:`moe_kernels.distributed.chunks` for its price.
 
     Returns:
         [num_tokens, hidden_size], dtype of ``hidden_states`` (autocast as in :func:`expert_ffn`; rows then travel in
@@ -60,14 +66,36 @@ def expert_parallel_ffn(
     Raises:
         ValueError: on every rank, where the ranks' layers or dtypes differ; it names layer and rank.
     """
-    if autocast_enabled(hidden_states.device.type):
-        hidden_states = hidden_states.to(torch.get_autocast_dtype(hidden_states.device.type))
+    out, _ = _run(
+        hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, activation, chunk_tokens, group, layer
+    )
+    return out
 
-    def experts(rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        return expert_ffn(rows, ids, weights, gate_up_proj, down_proj, activation=activation)
 
-    num_experts = gate_up_proj.shape[0] * group.size()
-    return exchange(hidden_states, topk_ids, topk_weights, num_experts, experts, group, layer)
+def _run(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    activation: Activation,
+    chunk_tokens: int | None,
+    group: ProcessGroup,
+    layer: str,
+    beside: Callable[[], Tensor | None] = lambda: None,
+) -> tuple[Tensor, Tensor | None]:
+    """The experts' sum, and what ``beside`` returns, which runs while rows travel."""
+    device_type = hidden_states.device.type
+    if autocast_enabled(device_type):
+        hidden_states, gate_up_proj, down_proj = autocast(device_type, hidden_states, gate_up_proj, down_proj)
+    batch, weights = (hidden_states, topk_ids, topk_weights), (gate_up_proj, down_proj)
+    where = (gate_up_proj.shape[0] * group.size(), group, layer)
+    experts = partial(expert_ffn, activation=activation)
+    if chunk_tokens is not None:
+        return run_in_chunks(*batch, weights, experts, chunk_tokens, *where), beside()
+    trip = Trip(*batch, *where)
+    found = beside()
+    return trip.run(lambda *rows: experts(*rows, *weights)).finish(), found
 
 
 class ExpertParallel(ParallelStyle):
@@ -80,7 +108,7 @@ class ExpertParallel(ParallelStyle):
 
     ``gate_up_proj`` and ``down_proj`` become DTensors with ``Shard(0)``: a rank keeps a block of num_experts /
     world_size experts. The router, the shared expert and the buffers stay plain tensors, the same on all ranks. Forward
-    takes the rank's own tokens; see :func:`expert_parallel_ffn`.
+    takes the rank's own tokens; see :func:`expert_parallel_ffn`. The shared expert runs while they travel.
 
     Gradients: each rank's loss is that of its own tokens, as in data parallelism. An expert's gradient is the mean over
     the ranks of the mesh (each adds ``1 / world_size`` of its tokens' gradient), as DDP and FSDP average those of what
@@ -89,6 +117,7 @@ class ExpertParallel(ParallelStyle):
     Args:
         layer: name for errors; by default the layer's class and sizes. :func:`shard_experts` gives its path in the
             model.
+        chunk_tokens: see :func:`expert_parallel_ffn`.
 
     Raises:
         TypeError: a module that is no :class:`MoEFeedForward`.
@@ -96,9 +125,10 @@ class ExpertParallel(ParallelStyle):
             layers that are not the same on all ranks (raised on every rank).
     """
 
-    def __init__(self, layer: str = ""):
+    def __init__(self, layer: str = "", *, chunk_tokens: int | None = None):
         super().__init__()
         self.layer = layer
+        self.chunk_tokens = chunk_tokens
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not isinstance(module, MoEFeedForward):
@@ -111,17 +141,17 @@ class ExpertParallel(ParallelStyle):
             module.register_parameter(name, nn.Parameter(shard, requires_grad=weight.requires_grad))
         if self.src_data_rank is not None:
             _replicate(module, device_mesh.get_group(), self.src_data_rank)
-        module.run_experts = ShardedExperts(device_mesh, layer)
+        module.run_experts = ShardedExperts(device_mesh, layer, self.chunk_tokens)
         return module
 
 
-def shard_experts(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+def shard_experts(model: nn.Module, mesh: DeviceMesh, *, chunk_tokens: int | None = None) -> nn.Module:
     """Applies :class:`ExpertParallel` to every :class:`MoEFeedForward` of a model, and names it by its path."""
     found = [(name, module) for name, module in model.named_modules() if isinstance(module, MoEFeedForward)]
     if not found:
         raise value_error("shard_experts", "model", "one with MoEFeedForward layers", type(model).__name__)
     for name, module in found:
-        ExpertParallel(name)._apply(module, mesh)
+        ExpertParallel(name, chunk_tokens=chunk_tokens)._apply(module, mesh)
     return model
 
 
@@ -130,6 +160,7 @@ class ShardedExperts(NamedTuple):
 
     mesh: DeviceMesh
     layer: str
+    chunk_tokens: int | None
 
     def __call__(
         self,
@@ -140,20 +171,14 @@ class ShardedExperts(NamedTuple):
         down_proj: DTensor,
         *,
         activation: Activation,
-    ) -> Tensor:
-        weights = [weight.to_local() for weight in (gate_up_proj, down_proj)]
+        beside: Callable[[], Tensor | None],
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, weights = (hidden_states, topk_ids, topk_weights), [gate_up_proj.to_local(), down_proj.to_local()]
         for weight in weights:
             if weight.requires_grad and self.mesh.size() > 1:
                 weight.register_hook(lambda grad: grad / self.mesh.size())
-        return expert_parallel_ffn(
-            hidden_states,
-            topk_ids,
-            topk_weights,
-            *weights,
-            group=self.mesh.get_group(),
-            layer=self.layer,
-            activation=activation,
-        )
+        group = self.mesh.get_group()
+        return _run(*batch, *weights, activation, self.chunk_tokens, group, self.layer, beside)
 
 
 def _check(module: MoEFeedForward, mesh: DeviceMesh, layer: str) -> None:

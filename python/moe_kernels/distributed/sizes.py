@@ -10,7 +10,16 @@ from moe_kernels._checks import FLOAT_DTYPES
 from moe_kernels.distributed.all_to_all import finish, launch
 
 #: what must be the same on all ranks, or the exchange would read rows at a wrong size or wait for ever
-_KIND = ("hidden_size", "dtype of hidden_states", "dtype of topk_weights", "num_experts", "who needs a gradient")
+_KIND = (
+    "hidden_size",
+    "dtype of hidden_states",
+    "dtype of topk_weights",
+    "who needs a gradient",
+    "num_experts",
+    "chunk_tokens",
+)
+#: int64 numbers that each rank sends to each other
+NUMBERS = 4 + len(_KIND)
 _GRADIENTS = ("neither", "hidden_states", "topk_weights", "hidden_states and topk_weights")
 
 
@@ -20,7 +29,7 @@ class Sizes(NamedTuple):
     Attributes:
         rows_sent, rows_received: token rows.
         pairs_sent, pairs_received: token-expert pairs.
-        top_k: the largest of all ranks.
+        top_k, num_tokens: the largest of all ranks.
     """
 
     rows_sent: list[int]
@@ -28,14 +37,17 @@ class Sizes(NamedTuple):
     pairs_sent: list[int]
     pairs_received: list[int]
     top_k: int
+    num_tokens: int
 
 
 def exchange_sizes(
     rows: Tensor,
     pairs: Tensor,
+    num_tokens: int,
     hidden_states: Tensor,
     topk_weights: Tensor,
     num_experts: int,
+    chunk_tokens: int,
     group: ProcessGroup,
     layer: str,
 ) -> Sizes:
@@ -46,8 +58,10 @@ def exchange_sizes(
 
     Args:
         rows, pairs: [world_size] integers, how many this rank sends to each.
+        num_tokens: of this rank, in all chunks.
         hidden_states, topk_weights: what is to be sent.
         num_experts: of the whole layer.
+        chunk_tokens: tokens of a chunk, 0 without chunks.
         layer: name for the error.
 
     Raises:
@@ -55,20 +69,21 @@ def exchange_sizes(
     """
     gradients = (hidden_states.requires_grad + 2 * topk_weights.requires_grad) if torch.is_grad_enabled() else 0
     dtypes = [FLOAT_DTYPES.index(tensor.dtype) for tensor in (hidden_states, topk_weights)]
-    kind = (hidden_states.shape[1], *dtypes, num_experts, gradients)
+    kind = (hidden_states.shape[1], *dtypes, gradients, num_experts, chunk_tokens)
     world_size, top_k = rows.shape[0], topk_weights.shape[1]
-    told = torch.tensor([top_k, *kind], device=rows.device).expand(world_size, -1)
+    told = torch.tensor([top_k, num_tokens, *kind], device=rows.device).expand(world_size, -1)
     sent = torch.cat([rows[:, None].long(), pairs[:, None].long(), told], 1)
     once = [1] * world_size
     received = finish(launch(sent, once, once, group), layer)
     sent, received = torch.stack([sent, received]).tolist()
-    _check_agreement([peer[3:] for peer in received], layer)
+    _check_agreement([peer[4:] for peer in received], layer)
     return Sizes(
         rows_sent=[peer[0] for peer in sent],
         rows_received=[peer[0] for peer in received],
         pairs_sent=[peer[1] for peer in sent],
         pairs_received=[peer[1] for peer in received],
         top_k=max(peer[2] for peer in received),
+        num_tokens=max(peer[3] for peer in received),
     )
 
 

@@ -4,11 +4,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
-from moe_kernels.distributed.dispatch import exchange
+from moe_kernels.distributed.trip import Trip
 
 
 class DeduplicatedEP(EPImplementation):
-    """Brings the experts of a transformers model their tokens by :func:`moe_kernels.distributed.dispatch.exchange`.
+    """Brings the experts of a transformers model their tokens by :class:`moe_kernels.distributed.trip.Trip`.
 
     ::
 
@@ -30,7 +30,8 @@ class DeduplicatedEP(EPImplementation):
             whole = [DTensor.from_local(tensor, self.tp_mesh, [Replicate()], run_check=False) for tensor in batch]
             batch = [tensor.redistribute(placements=[Shard(0)]).to_local() for tensor in whole]
         num_experts = self.num_local_experts * self.ep_mesh.size()
-        out = exchange(*batch, num_experts, self._run, self.ep_mesh.get_group(), "transformers' experts")
+        trip = Trip(*batch, num_experts, self.ep_mesh.get_group(), "transformers' experts")
+        out = trip.run(self._run).finish()
         if self.tp_mesh.size() == 1:
             return out
         parts = {"device_mesh": self.tp_mesh, "placements": [Shard(0)], "run_check": False}
