@@ -39,10 +39,11 @@ from moe_kernels.nn.split_models import split_classes
 
 ExpertsInterface.register(IMPLEMENTATION, experts_forward)
 FP8ExpertsInterface.register(IMPLEMENTATION, fp8_experts_forward)
-if torch.distributed.is_available() and find_spec("transformers.distributed.expert_parallel") is not None:
-    from moe_kernels.integrations.transformers import expert_parallel
+if torch.distributed.is_available() and find_spec("transformers.distributed") is not None:
+    if find_spec("transformers.distributed.expert_parallel") is not None:  # not in every transformers that we take
+        from moe_kernels.integrations.transformers import expert_parallel
 
-    expert_parallel.register(IMPLEMENTATION)
+        expert_parallel.register(IMPLEMENTATION)
 for split_class in split_classes().values():
     AutoConfig.register(split_class.config_class.model_type, split_class.config_class, exist_ok=True)
     AutoModelForCausalLM.register(split_class.config_class, split_class, exist_ok=True)
