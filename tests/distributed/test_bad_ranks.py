@@ -10,7 +10,7 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 
-from moe_kernels.distributed import ExpertParallel, shard_experts
+from moe_kernels.distributed import ExpertParallel, expert_parallel_ffn, shard_experts
 from moe_kernels.nn import MoEFeedForward, quantize_experts
 from tests.distributed.ranks import Ranks
 from tests.distributed.test_expert_parallel import mesh_of
@@ -71,6 +71,48 @@ def forward_unlike(rank: int, how: str) -> None:
 def test_calls_that_differ(ranks, how, message):
     for line in failure(ranks, forward_unlike, 1, how):
         assert line.startswith("ValueError: ExpertParallel: mlp: ") and message in line
+
+
+def forward_of_one(rank: int, bad: dict) -> None:
+    arguments = {"hidden_states": torch.randn(3, 8), "topk_ids": torch.zeros(3, 2, dtype=torch.int32)}
+    arguments |= {"topk_weights": torch.ones(3, 2)} | (bad if distributed.get_rank() == rank else {})
+    weights = torch.randn(2, 8, 8), torch.randn(2, 8, 4)
+    group = distributed.group.WORLD
+    expert_parallel_ffn(*arguments.values(), *weights, group=group, layer="layer 5")
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        ({"topk_weights": torch.ones(3, 1)}, "ValueError: ExpertParallel: layer 5: topk_weights must be of shape "
+            "[3, 2] like topk_ids, got [3, 1]"),
+        ({"topk_ids": torch.zeros(4, 2, dtype=torch.int32)}, "ValueError: ExpertParallel: layer 5: topk_ids must be of "
+            "shape [num_tokens=3, top_k], got [4, 2]"),
+        ({"topk_ids": torch.zeros(3, 2)}, "TypeError: ExpertParallel: layer 5: topk_ids must be one of torch.int32"),
+        ({"hidden_states": torch.zeros(3, 8).long()}, "TypeError: ExpertParallel: layer 5: hidden_states must be one"),
+        ({"hidden_states": torch.zeros(8)}, "ValueError: ExpertParallel: layer 5: hidden_states must be of shape "),
+    ],
+    ids=["weights", "tokens", "float ids", "integers", "dimensions"],
+)  # fmt: skip
+def test_an_error_of_one_rank_reaches_all(ranks, bad, message):
+    lines = failure(ranks, forward_of_one, 2, bad)
+    assert lines[2].startswith(message)
+    for line in (lines[0], lines[1], lines[3]):
+        assert "RuntimeError: ExpertParallel: layer 5" in line and "ranks [2] met an error before it" in line
+
+
+def layer_of_one(rank: int) -> None:
+    layer = shard_experts(Model(), mesh_of(4)["expert"]).mlp
+    layer(hidden_states=torch.randn(3, 12 if distributed.get_rank() == rank else 8))
+
+
+def test_a_wrong_input_of_one_rank_reaches_all(ranks):
+    lines = failure(ranks, layer_of_one, 1)
+    assert lines[1].startswith(
+        "ValueError: ExpertParallel: mlp: hidden_states must be of shape [..., hidden_size=8], got"
+    )
+    for line in (lines[0], lines[2], lines[3]):
+        assert "RuntimeError: ExpertParallel: mlp" in line and "ranks [1] met an error before it" in line
 
 
 def shard(kind: str) -> None:

@@ -11,11 +11,11 @@ from torch.distributed import DeviceMesh, ProcessGroup
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from moe_kernels._checks import FLOAT_DTYPES, value_error
+from moe_kernels._checks import FLOAT_DTYPES, shape_error, value_error
 from moe_kernels._dispatch import autocast, autocast_enabled
 from moe_kernels.activation import Activation
 from moe_kernels.distributed.chunks import run_in_chunks
-from moe_kernels.distributed.sizes import raise_disagreement
+from moe_kernels.distributed.sizes import raise_disagreement, tell_failure
 from moe_kernels.distributed.trip import Trip
 from moe_kernels.nn import MoEFeedForward, QuantizedExperts
 from moe_kernels.ops.expert_ffn import expert_ffn
@@ -141,6 +141,7 @@ class ExpertParallel(ParallelStyle):
             module.register_parameter(name, nn.Parameter(shard, requires_grad=weight.requires_grad))
         if self.src_data_rank is not None:
             _replicate(module, device_mesh.get_group(), self.src_data_rank)
+        module.register_forward_pre_hook(partial(_check_input, device_mesh, layer), with_kwargs=True)
         module.run_experts = ShardedExperts(device_mesh, layer, self.chunk_tokens)
         return module
 
@@ -209,6 +210,15 @@ def _check(module: MoEFeedForward, mesh: DeviceMesh, layer: str) -> None:
         expected = f"a multiple of the {mesh.size()} ranks"
         remedy = "choose a mesh dimension that divides it, or add experts"
         raise value_error(f"{_OP}: {layer}", "num_experts", expected, module.num_experts, remedy)
+
+
+def _check_input(mesh: DeviceMesh, layer: str, module: MoEFeedForward, args: tuple, options: dict) -> None:
+    """Before the router runs, which is before the other ranks would learn of an error here."""
+    hidden_states = args[0] if args else options["hidden_states"]
+    if hidden_states.dim() == 0 or hidden_states.shape[-1] != module.hidden_size:
+        tell_failure(hidden_states.device, mesh.size(), mesh.get_group())
+        expected = f"[..., hidden_size={module.hidden_size}]"
+        raise shape_error(f"{_OP}: {layer}", "hidden_states", expected, hidden_states)
 
 
 @torch.no_grad()

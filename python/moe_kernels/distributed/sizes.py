@@ -66,6 +66,7 @@ def exchange_sizes(
 
     Raises:
         ValueError: on every rank, where ranks disagree; it names the layer, the ranks and what differs.
+        RuntimeError: another rank called :func:`tell_failure`.
     """
     gradients = (hidden_states.requires_grad + 2 * topk_weights.requires_grad) if torch.is_grad_enabled() else 0
     dtypes = [FLOAT_DTYPES.index(tensor.dtype) for tensor in (hidden_states, topk_weights)]
@@ -76,6 +77,12 @@ def exchange_sizes(
     once = [1] * world_size
     received = finish(launch(sent, once, once, group), layer)
     sent, received = torch.stack([sent, received]).tolist()
+    failed = [rank for rank, peer in enumerate(received) if peer[0] < 0]
+    if failed:
+        raise RuntimeError(
+            f"ExpertParallel: {layer}: all ranks of the expert group must reach this exchange, but ranks {failed} met "
+            "an error before it; see their own errors"
+        )
     _check_agreement([peer[4:] for peer in received], layer)
     return Sizes(
         rows_sent=[peer[0] for peer in sent],
@@ -85,6 +92,11 @@ def exchange_sizes(
         top_k=max(peer[2] for peer in received),
         num_tokens=max(peer[3] for peer in received),
     )
+
+
+def tell_failure(device: torch.device, world_size: int, group: ProcessGroup) -> None:
+    """Takes part in the exchange of sizes for a rank that cannot go on, so that none waits for it."""
+    finish(launch(torch.full((world_size, NUMBERS), -1, device=device), [1] * world_size, [1] * world_size, group), "")
 
 
 def _check_agreement(kinds: list[list[int]], layer: str) -> None:

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moe_kernels._checks import FLOAT_DTYPES, ID_DTYPES, check_same_device, dtype_error, shape_error
 from moe_kernels.distributed.all_to_all import Exchange
 from moe_kernels.distributed.rank_plan import RankPlan, plan_ranks
-from moe_kernels.distributed.sizes import Sizes, exchange_sizes
+from moe_kernels.distributed.sizes import Sizes, exchange_sizes, tell_failure
 from moe_kernels.ops.permute import permute, unpermute
 
 #: from rows [num_rows, hidden_size], ids [num_rows, top_k] int32 of a rank's own experts (-1: none) and weights
@@ -56,7 +57,12 @@ class Trip:
         chunk_tokens: int = 0,
         num_tokens: int = 0,
     ):
-        plan = plan_ranks(topk_ids, topk_weights, num_experts, group.size())
+        try:
+            check_batch(layer, hidden_states, topk_ids, topk_weights)
+            plan = plan_ranks(topk_ids, topk_weights, num_experts, group.size())
+        except Exception:
+            tell_failure(hidden_states.device, group.size(), group)
+            raise
         counts = (plan.tokens.expert_offsets.diff(), plan.pairs.expert_offsets.diff())
         kind = (num_experts, chunk_tokens)
         self.sizes = sizes = exchange_sizes(*counts, num_tokens, hidden_states, topk_weights, *kind, group, layer)
@@ -75,6 +81,23 @@ class Trip:
     def finish(self) -> Tensor:
         """[num_tokens, hidden_size], dtype of what ``experts`` returned."""
         return unpermute(self.back.wait(self.ticket), self.token_plan)
+
+
+def check_batch(layer: str, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> None:
+    """Raises where the arguments are no batch, whatever the other ranks have."""
+    op = f"ExpertParallel: {layer}"
+    if hidden_states.dim() != 2:
+        raise shape_error(op, "hidden_states", "[num_tokens, hidden_size]", hidden_states)
+    if topk_ids.dim() != 2 or topk_ids.shape[0] != hidden_states.shape[0]:
+        raise shape_error(op, "topk_ids", f"[num_tokens={hidden_states.shape[0]}, top_k]", topk_ids)
+    if topk_weights.shape != topk_ids.shape:
+        raise shape_error(op, "topk_weights", f"{list(topk_ids.shape)} like topk_ids", topk_weights)
+    if topk_ids.dtype not in ID_DTYPES:
+        raise dtype_error(op, "topk_ids", ID_DTYPES, topk_ids, "cast with .to(torch.int32)")
+    for name, tensor in (("hidden_states", hidden_states), ("topk_weights", topk_weights)):
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise dtype_error(op, name, FLOAT_DTYPES, tensor)
+    check_same_device(op, hidden_states=hidden_states, topk_ids=topk_ids, topk_weights=topk_weights)
 
 
 class _Pairs:
