@@ -142,8 +142,8 @@ def shard(kind: str) -> None:
         ("dimensions", "ValueError: ExpertParallel: mlp: device_mesh must be of one dimension, got 2; give the dim"),
         ("twice", "ValueError: ExpertParallel: mlp: gate_up_proj must be a plain parameter, got DTensor; shard it"),
         ("quantised", "ValueError: ExpertParallel: mlp: gate_up_proj must be a plain parameter, got QuantizedExperts"),
-        ("no experts", "ValueError: shard_experts: model must be one with MoEFeedForward layers, got Linear"),
-        ("another class", "TypeError: ExpertParallel: module must be a MoEFeedForward, got Linear"),
+        ("no experts", "ValueError: shard_experts: model must be one with a MoEFeedForward or an experts module of"),
+        ("another class", "TypeError: ExpertParallel: module must be a MoEFeedForward or an experts module of trans"),
         ("without a name", "ValueError: ExpertParallel: MoEFeedForward(hidden_size=8, intermediate_size=4, num_"),
     ],
 )  # fmt: skip

@@ -9,7 +9,7 @@ from torch import Tensor, distributed
 from torch.autograd.graph import saved_tensors_hooks
 
 from moe_kernels import expert_ffn
-from moe_kernels.distributed import expert_parallel, expert_parallel_ffn, shard_experts
+from moe_kernels.distributed import expert_parallel_ffn, ffn, shard_experts
 from moe_kernels.testing import assert_close_to_reference
 from tests.distributed.test_bad_ranks import Model, failure
 from tests.distributed.test_expert_parallel import (
@@ -35,7 +35,7 @@ def in_chunks(
         rows.append(hidden_states.shape[0])
         return expert_ffn(hidden_states, *arguments, **options)
 
-    with mock.patch.object(expert_parallel, "expert_ffn", seen):
+    with mock.patch.object(ffn, "expert_ffn", seen):
         return sharded_ffn_step(world_size, tokens, dtype, chunk_tokens=chunk_tokens), rows
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe_kernels.distributed import all_to_all, expert_parallel, shard_experts
+from moe_kernels.distributed import all_to_all, ffn, shard_experts
 from moe_kernels.nn import MoEFeedForward
 from tests.distributed.test_bad_ranks import Model
 from tests.distributed.test_expert_parallel import mesh_of
@@ -18,7 +18,7 @@ def events(chunk_tokens: int | None) -> tuple[list[str], list[str]]:
     layer.shared_down_proj.register_post_accumulate_grad_hook(lambda _: found.append("shared"))
     found: list[str] = []
     launch, finish = all_to_all.launch, all_to_all.Exchange.finish
-    shared, experts = MoEFeedForward._shared_expert, expert_parallel.expert_ffn
+    shared, experts = MoEFeedForward._shared_expert, ffn.expert_ffn
 
     def note(event: str, function):
         def noted(*arguments, **options):
@@ -42,7 +42,7 @@ def events(chunk_tokens: int | None) -> tuple[list[str], list[str]]:
         mock.patch.object(all_to_all, "launch", noted_launch),
         mock.patch.object(all_to_all.Exchange, "finish", noted_finish),
         mock.patch.object(MoEFeedForward, "_shared_expert", note("shared", shared)),
-        mock.patch.object(expert_parallel, "expert_ffn", note("experts", experts)),
+        mock.patch.object(ffn, "expert_ffn", note("experts", experts)),
     ):
         out = layer(x)
         forward, found[:] = list(found), []

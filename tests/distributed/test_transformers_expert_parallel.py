@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
 
+from moe_kernels.distributed import data_parallel, shard_experts
 from moe_kernels.testing import assert_close_to_reference
+from tests.distributed.test_expert_parallel import mesh_of
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("transformers.distributed.expert_parallel", reason="transformers without EPImplementation")
@@ -53,6 +55,33 @@ def step(model, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 def full(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def shard_and_step(folder: str, chunk_tokens: int | None, experts: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Four ranks with a batch each; experts over two of them, data over the rest by DDP."""
+    mesh = mesh_of(2)
+    options = {"experts_implementation": experts, "dtype": torch.float32}
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, **options)
+    shard_experts(model, mesh["expert"], chunk_tokens=chunk_tokens)
+    spread = [module for module in model.modules() if hasattr(module, "expert_parallel")]
+    assert spread and all(type(module).__name__.startswith("Sharded") for module in spread)
+    wrapped = data_parallel(model, mesh["data"], find_unused_parameters=True)
+    logits, loss = step(wrapped, tokens_of(distributed.get_rank()))
+    loss.backward()
+    grads = {name: full(weight.grad) for name, weight in model.named_parameters() if weight.grad is not None}
+    return logits.detach(), grads
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 4])
+@pytest.mark.parametrize("name", [*MODELS, "NemotronHForCausalLM"])  # the last has no gate
+def test_our_style_on_their_experts(ranks, folder, name, chunk_tokens):
+    results = ranks.run(shard_and_step, folder(name), chunk_tokens, "moe_kernels")
+    check(folder(name), LAYOUTS["fsdp"], results, train=True)
+
+
+def test_our_style_with_their_implementation(ranks, folder):
+    path = folder("Qwen3MoeForCausalLM")
+    check(path, LAYOUTS["fsdp"], ranks.run(shard_and_step, path, None, "eager"), train=True)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,8 @@ Imported on demand: ``import moe_kernels`` does not load it.
 
 from moe_kernels.distributed.balance import balance_loss
 from moe_kernels.distributed.data import data_parallel, fully_shard_experts
-from moe_kernels.distributed.expert_parallel import ExpertParallel, expert_parallel_ffn, shard_experts
+from moe_kernels.distributed.expert_parallel import ExpertParallel, shard_experts
+from moe_kernels.distributed.ffn import expert_parallel_ffn
 from moe_kernels.distributed.lora import expert_parallel_lora
 from moe_kernels.distributed.task_vectors import apply_, unapply_
 

@@ -35,7 +35,7 @@ def run_in_chunks(
         chunk_tokens: the same on all ranks; ranks with fewer chunks than others send empty ones.
     """
     if chunk_tokens < 1:
-        raise value_error("expert_parallel_ffn", "chunk_tokens", "at least 1, or None", chunk_tokens)
+        raise value_error("ExpertParallel", "chunk_tokens", "at least 1, or None", chunk_tokens)
 
     def set_out(*chunk: Tensor) -> Trip:
         options = {"chunk_tokens": chunk_tokens, "num_tokens": hidden_states.shape[0]}

@@ -15,14 +15,14 @@ process whose loss is the mean of the ranks' losses.
 """
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_kernels._checks import value_error
-from moe_kernels.nn import MoEFeedForward
+from moe_kernels.distributed.shards import placed_modules, sharded_names
 
 
 def data_parallel(model: nn.Module, data_mesh: DeviceMesh, **options) -> DistributedDataParallel:
@@ -37,8 +37,8 @@ def data_parallel(model: nn.Module, data_mesh: DeviceMesh, **options) -> Distrib
         options: of ``DistributedDataParallel``. Its ranks are all ranks of the job, unless ``process_group`` says
             otherwise.
     """
-    layers = _sharded_layers("data_parallel", model)
-    ignored = [f"{path}{name}" for path, layer in layers for name in _own_state(layer)]
+    placed = _placed("data_parallel", model)
+    ignored = [name for path, module in placed for name in _own_state(path, module)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     wrapped = DistributedDataParallel(model, **options)
     group, size = data_mesh.get_group(), data_mesh.size()
@@ -49,8 +49,8 @@ def data_parallel(model: nn.Module, data_mesh: DeviceMesh, **options) -> Distrib
             dist.all_reduce(grad, group=group)
             grad.div_(size)  # gloo has no average
 
-    for _, layer in layers:
-        for weight in _experts(layer):
+    for _, module in placed:
+        for weight in map(module.get_parameter, sharded_names(module)):
             dist.broadcast(weight.detach().to_local(), group=group, group_src=0)  # as DDP does for the others
             if weight.requires_grad:
                 weight.register_post_accumulate_grad_hook(average)
@@ -58,9 +58,9 @@ def data_parallel(model: nn.Module, data_mesh: DeviceMesh, **options) -> Distrib
 
 
 def fully_shard_experts(model: nn.Module, world_mesh: DeviceMesh, data_mesh: DeviceMesh, **options) -> None:
-    """FSDP2's ``fully_shard`` of every :class:`MoEFeedForward` whose experts :func:`shard_experts` has spread.
+    """FSDP2's ``fully_shard`` of every module whose experts :func:`shard_experts` has spread.
 
-    The experts are sharded once more, over the ranks of ``data_mesh``; the rest of the layer over ``world_mesh``.
+    The experts are sharded once more, over the ranks of ``data_mesh``; the rest of the module over ``world_mesh``.
 
     Args:
         model: wrap what else is in it afterwards, with ``fully_shard(..., mesh=world_mesh)``.
@@ -79,32 +79,23 @@ def fully_shard_experts(model: nn.Module, world_mesh: DeviceMesh, data_mesh: Dev
             "data_parallel or a later PyTorch"
         ) from error
     over_data = ShardPlacementResult(Shard(0), FSDPMeshInfo(mesh=data_mesh, shard_mesh_dim=0))
-    for _, layer in _sharded_layers("fully_shard_experts", model):
-        experts = {id(weight) for weight in _experts(layer)}
+    for _, module in _placed("fully_shard_experts", model):
+        experts = {id(module.get_parameter(name)) for name in sharded_names(module)}
         place = lambda weight, experts=experts: over_data if id(weight) in experts else None  # noqa: E731
         if data_mesh.size() == world_mesh.size():  # one rank has all experts: fully_shard wants one mesh for one group
-            fully_shard(layer, mesh=data_mesh, **options)
+            fully_shard(module, mesh=data_mesh, **options)
         else:
-            fully_shard(layer, mesh=world_mesh, shard_placement_fn=place, **options)
+            fully_shard(module, mesh=world_mesh, shard_placement_fn=place, **options)
 
 
-def _sharded_layers(op: str, model: nn.Module) -> list[tuple[str, MoEFeedForward]]:
-    """(path with its dot, layer) of each layer whose experts are spread."""
-    found = [
-        (f"{path}." if path else "", module)
-        for path, module in model.named_modules()
-        if isinstance(module, MoEFeedForward) and isinstance(module.gate_up_proj, DTensor)
-    ]
+def _placed(op: str, model: nn.Module) -> list[tuple[str, nn.Module]]:
+    found = placed_modules(model)
     if not found:
         raise value_error(op, "model", "one with sharded experts", type(model).__name__, "call shard_experts first")
     return found
 
 
-def _experts(layer: MoEFeedForward) -> tuple[Tensor, Tensor]:
-    return layer.gate_up_proj, layer.down_proj
-
-
-def _own_state(layer: MoEFeedForward) -> list[str]:
+def _own_state(path: str, module: nn.Module) -> list[str]:
     """What is not the same on all ranks: experts, and the counts of a rank's own tokens."""
-    counts = [] if layer.expert_counts is None else ["expert_counts"]
-    return ["gate_up_proj", "down_proj", *counts]
+    counts = ["expert_counts"] if getattr(module, "expert_counts", None) is not None else []
+    return [f"{path}.{name}" if path else name for name in (*sharded_names(module), *counts)]

@@ -38,8 +38,8 @@ class DeduplicatedEP(EPImplementation):
         return DTensor.from_local(out, **parts, shape=shape, stride=(shape[1], 1)).full_tensor()
 
     def _run(self, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-        # transformers marks a pair of another rank by the number of local experts
-        return self.experts_forward(rows, ids.masked_fill(ids < 0, self.num_local_experts), weights)
+        # transformers marks a pair of another rank by the number of local experts, and counts ids one-hot
+        return self.experts_forward(rows, ids.long().masked_fill(ids < 0, self.num_local_experts), weights)
 
 
 def register(name: str) -> None:
