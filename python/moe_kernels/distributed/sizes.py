@@ -72,8 +72,9 @@ def exchange_sizes(
     dtypes = [FLOAT_DTYPES.index(tensor.dtype) for tensor in (hidden_states, topk_weights)]
     kind = (hidden_states.shape[1], *dtypes, gradients, num_experts, chunk_tokens)
     world_size, top_k = rows.shape[0], topk_weights.shape[1]
-    told = torch.tensor([top_k, num_tokens, *kind], device=rows.device).expand(world_size, -1)
-    sent = torch.cat([rows[:, None].long(), pairs[:, None].long(), told], 1)
+    # filled on the device: a copy from the host would be another wait
+    told = [torch.full_like(rows, number, dtype=torch.int64) for number in (top_k, num_tokens, *kind)]
+    sent = torch.stack([rows.long(), pairs.long(), *told], 1)
     once = [1] * world_size
     received = finish(launch(sent, once, once, group), layer)
     sent, received = torch.stack([sent, received]).tolist()
