@@ -11,24 +11,23 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-#: how long a rank waits for another in a collective, and a test for its ranks
-TIMEOUT = timedelta(seconds=20)
+#: how long a rank waits for another in a collective: on a busy machine one may import for a long time yet
+TIMEOUT = timedelta(seconds=120)
 WORLD_SIZE = 4
 
 
 class Ranks:
     """``run(function, *arguments)`` calls a function of a test module on every rank and returns the results by rank."""
 
-    def __init__(self, world_size: int = WORLD_SIZE, timeout: timedelta = TIMEOUT):
+    def __init__(self, world_size: int = WORLD_SIZE):
         with socket.socket() as probe:
             probe.bind(("localhost", 0))
             port = probe.getsockname()[1]
         context = mp.get_context("spawn")
-        self.timeout = timeout
         self._pipes, self._processes = [], []
         for rank in range(world_size):
             here, there = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, port, timeout, there), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world_size, port, there), daemon=True)
             process.start()
             there.close()
             self._pipes.append(here)
@@ -47,7 +46,7 @@ class Ranks:
             pipe.send((function, arguments))
         outcomes = []
         for pipe in self._pipes:
-            if not pipe.poll(5 * self.timeout.total_seconds()):
+            if not pipe.poll(2 * TIMEOUT.total_seconds()):
                 raise AssertionError("a rank hangs")
             try:
                 outcomes.append(pipe.recv())
@@ -61,14 +60,14 @@ class Ranks:
             process.join()
 
 
-def _serve(rank: int, world_size: int, port: int, timeout: timedelta, pipe) -> None:
+def _serve(rank: int, world_size: int, port: int, pipe) -> None:
     faulthandler.enable()
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", timeout=timeout)
+    dist.init_process_group("gloo", timeout=TIMEOUT)
     while True:
         try:
             function, arguments = pipe.recv()

@@ -79,16 +79,14 @@ class ModuleStatistics:
 
         Every rank then has the counts of the whole batch. The ranks may have seen different kinds.
         """
-        device = torch.distributed.distributed_c10d._get_pg_default_device(group)
-        num_labels = {name: tokens.numel() for name, tokens in self.tokens.items()}
-        most = torch.tensor(list(num_labels.values()), device=device)
-        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=group)
-        for name, labels in zip(num_labels, most.tolist(), strict=True):
-            self._grow(name, labels, self.counts[name].shape[1])
-            for table in (self.counts, self.weights, self.tokens):
-                total = table[name].to(device)
-                torch.distributed.all_reduce(total, group=group)
-                table[name] = total.cpu()
+        heard: list = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(heard, (self.counts, self.weights, self.tokens), group=group)
+        self.counts, self.weights, self.tokens = {}, {}, {}
+        for tables in heard:
+            for name, counts in tables[0].items():
+                self._grow(name, *counts.shape)
+                for total, table in zip((self.counts, self.weights, self.tokens), tables, strict=True):
+                    total[name][: len(table[name])] += table[name]
 
     def share(self, name: str) -> Tensor:
         """``counts / tokens``: the share of each kind's tokens that took each expert, 0 where no token was seen."""
