@@ -8,6 +8,7 @@ import copy
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from moe_kernels._checks import shape_error
 from moe_kernels.distributed.chunks import run_in_chunks
 from moe_kernels.distributed.shards import Placed, local_shard, place, sharded_names
 from moe_kernels.distributed.trip import Trip
@@ -19,7 +20,12 @@ def is_experts_module(module: nn.Module) -> bool:
 
 def spread_experts_module(module: nn.Module, where: Placed, source: int | None) -> None:
     """Spreads the module's own parameters, all of them [num_experts, ...]; its class gets :func:`_forward`."""
-    place(module, [name for name, _ in module.named_parameters(recurse=False)], where, source)
+    own = dict(module.named_parameters(recurse=False))
+    for name, weight in own.items():
+        if weight.dim() == 0 or weight.shape[0] != module.num_experts:
+            expected = f"[num_experts={module.num_experts}, ...]"
+            raise shape_error(f"ExpertParallel: {where.layer}", name, expected, weight)
+    place(module, list(own), where, source)
     module.__class__ = type(f"Sharded{type(module).__name__}", (type(module),), {"forward": _forward})
 
 
@@ -37,10 +43,10 @@ def _forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_
         return functional_call(mine, dict(zip(weights, parameters, strict=True)), (rows, ids, row_weights))
 
     batch, parameters = (hidden_states, top_k_index, top_k_weights), tuple(weights.values())
-    place = (self.num_experts, where.group, where.layer)
+    there = (self.num_experts, where.group, where.layer)
     if where.chunk_tokens is not None:
-        return run_in_chunks(*batch, parameters, experts, where.chunk_tokens, *place)
-    return Trip(*batch, *place).run(lambda *rows: experts(*rows, *parameters)).finish()
+        return run_in_chunks(*batch, parameters, experts, where.chunk_tokens, *there)
+    return Trip(*batch, *there).run(lambda *rows: experts(*rows, *parameters)).finish()
 
 
 class _Local(nn.Module):
