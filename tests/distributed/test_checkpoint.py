@@ -19,7 +19,8 @@ from tests.distributed.ranks import Ranks
 from tests.distributed.test_expert_parallel import mesh_of
 
 #: how the model lies on the ranks: experts over 4, 2 or 1 of them, alone, beside DDP or beside FSDP2
-LAYOUTS = [("experts", 4), ("experts", 2), ("experts", 1), ("ddp", 2), ("fsdp", 2), ("fsdp", 4)]
+LAYOUTS = [("experts", 4), ("experts", 2), ("experts", 1), ("ddp", 2)]
+WITH_FSDP = [*LAYOUTS, ("fsdp", 2), ("fsdp", 4)]
 
 
 def build(seed: int) -> nn.Module:
@@ -81,14 +82,24 @@ def same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("source", LAYOUTS, ids=str)
 def test_every_world_loads_what_another_saved(ranks, tmp_path, source):
+    check(ranks, str(tmp_path), source, LAYOUTS)
+
+
+@pytest.mark.needs_fsdp
+@pytest.mark.parametrize("source", WITH_FSDP, ids=str)
+def test_fsdp_loads_what_another_saved_and_the_other_way(ranks, tmp_path, source):
+    check(ranks, str(tmp_path), source, WITH_FSDP if source[0] == "fsdp" else WITH_FSDP[-2:])
+
+
+def check(ranks, folder: str, source: tuple[str, int], targets: list[tuple[str, int]]) -> None:
     expected = full(state_of(build(1))[0])
-    ranks.run(save, str(tmp_path), *source)
-    for target in LAYOUTS:
-        for loaded in ranks.run(load, str(tmp_path), *target):
+    ranks.run(save, folder, *source)
+    for target in targets:
+        for loaded in ranks.run(load, folder, *target):
             same(loaded, expected)
     state, _ = state_of(build(2))  # and one process, without ranks
     assert not torch.equal(state["model"]["1.gate_up_proj"], expected["model/1.gate_up_proj"])
-    dcp.load(state, checkpoint_id=str(tmp_path), no_dist=True)
+    dcp.load(state, checkpoint_id=folder, no_dist=True)
     same(full(state), expected)
 
 

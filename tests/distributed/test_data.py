@@ -102,12 +102,12 @@ def train_on_ranks(how: str, world_size: int, recompute: bool, chunk_tokens: int
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.needs_fsdp)])
 def test_training_equals_one_process(ranks, how, world_size, recompute):
     check_training(ranks.run(train_on_ranks, how, world_size, recompute))
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.needs_fsdp)])
 def test_training_in_chunks_equals_one_process(ranks, how):
     check_training(ranks.run(train_on_ranks, how, 2, False, 2))
 

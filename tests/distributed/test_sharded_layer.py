@@ -61,6 +61,7 @@ def mixed_precision() -> None:
     assert model.mlp.gate_up_proj.grad.dtype == model.mlp.router.weight.grad.dtype == torch.float32
 
 
+@pytest.mark.needs_fsdp
 def test_mixed_precision(ranks):
     ranks.run(mixed_precision)
 

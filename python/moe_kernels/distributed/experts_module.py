@@ -5,6 +5,7 @@ Nothing of transformers is imported: the decorator leaves attributes by which it
 
 import copy
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -29,6 +30,7 @@ def spread_experts_module(module: nn.Module, where: Placed, source: int | None) 
     module.__class__ = type(f"Sharded{type(module).__name__}", (type(module),), {"forward": _forward})
 
 
+@torch.compiler.disable  # sizes that only the host knows break the graph anyway
 def _forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """hidden_states [num_tokens, hidden_size] of this rank, top_k_index, top_k_weights [num_tokens, top_k]."""
     where: Placed = self.expert_parallel

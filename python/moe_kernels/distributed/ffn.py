@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -63,6 +64,7 @@ def expert_parallel_ffn(
     return out
 
 
+@torch.compiler.disable  # sizes that only the host knows break the graph anyway
 def run_ffn(
     hidden_states: Tensor,
     topk_ids: Tensor,
