@@ -103,7 +103,15 @@ def test_imports_below_the_rooms(name):
 def test_modules_are_made_of_public_ops(path):
     for name in imports(path):
         parts = name.removeprefix("moe_kernels.").split(".")
-        assert parts[0] not in {"integrations", "demo", "_dispatch", "_extension"}, f"{path}: {name}"
+        assert parts[0] not in {"integrations", "distributed", "demo", "_dispatch", "_extension"}, f"{path}: {name}"
+        assert parts[0] != "ops" or len(parts) <= 3, f"{path}: {name}"
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "distributed").glob("*.py")), ids=lambda path: path.name)
+def test_distributed_is_made_of_modules_and_public_ops(path):
+    for name in imports(path):
+        parts = name.removeprefix("moe_kernels.").split(".")
+        assert parts[0] in {"distributed", "nn", "ops", "activation", "_checks", "_dispatch"}, f"{path}: {name}"
         assert parts[0] != "ops" or len(parts) <= 3, f"{path}: {name}"
 
 

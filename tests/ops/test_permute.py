@@ -198,6 +198,27 @@ def test_a_plan_of_other_tokens_reads_nothing(backend, raises_in_kernel):
         native.unpermute(torch.randn(6, 2), torch.full_like(plan.permuted_rows, 99), None)
 
 
+@pytest.mark.with_reference
+@pytest.mark.parametrize("topk_ids", [[[1, -1], [0, 1], [-1, -1]], [[-1, 9]], []], ids=["some", "none", "no tokens"])
+def test_a_plan_cut_to_its_rows(backend, topk_ids):
+    topk_ids = torch.tensor(topk_ids, dtype=torch.int32).view(-1, 2)
+    plan = plan_dispatch(topk_ids, 3)
+    cut = plan.cut(int(plan.expert_offsets[-1]))
+    results = []
+    for used in (plan, cut):
+        x = torch.randn(len(topk_ids), 6, generator=seeded(0)).requires_grad_()
+        rows = permute(x, used, backend=backend)
+        out = unpermute(rows * 2, used, backend=backend)
+        out.square().sum().backward()
+        results.append((rows[: len(cut.source_rows)], out, x.grad))
+    assert len(rows) == int((topk_ids >= 0).logical_and(topk_ids < 3).sum())
+    for whole, of_cut in zip(*results, strict=True):
+        assert torch.equal(whole, of_cut)
+    if len(cut.source_rows) < topk_ids.numel():
+        with pytest.raises(ValueError, match="one row for each of plan.permuted_rows"):
+            unpermute(rows, cut, torch.ones(topk_ids.shape), backend=backend)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(backend, use_reentrant):
     topk_ids, topk_weights = random_routing(9, 4, 2)

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from moe_kernels._checks import shape_error, value_error
 from moe_kernels.activation import Activation
 from moe_kernels.nn.quantized_experts import expert_weights
 from moe_kernels.ops.expert_ffn import expert_ffn
+from moe_kernels.ops.quantize import QuantizedWeights
 from moe_kernels.ops.route import expert_counts, identity_weights, route, route_forced, update_expert_bias_
 
 _OP = "MoEFeedForward"
@@ -71,6 +73,7 @@ class MoEFeedForward(nn.Module):
         shared_gate: [1, hidden_size] or None.
         expert_bias: [number of logits] float32, whatever the layer's dtype, saved with the layer; or None.
         expert_counts: [number of logits] int64, picks since the last :meth:`update_expert_bias`; not saved; or None.
+        run_experts: :func:`run_experts`, or what :class:`moe_kernels.distributed.ExpertParallel` put in its place.
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class MoEFeedForward(nn.Module):
         self.routing = routing
         self.num_identity_experts = num_identity_experts
         self.num_null_experts = num_null_experts
+        self.run_experts: Callable[..., tuple[Tensor, Tensor | None]] = run_experts
         place = {"device": device, "dtype": dtype}
         rows = 2 if activation.gated else 1
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, rows * intermediate_size, hidden_size, **place))
@@ -178,16 +182,21 @@ class MoEFeedForward(nn.Module):
         self._observe(routed)
 
         experts = (expert_weights(self.gate_up_proj), expert_weights(self.down_proj))
-        out = expert_ffn(tokens, topk_ids, topk_weights, *experts, activation=self.activation)
+        beside = partial(self._shared_expert, tokens)
+        out, shared = self.run_experts(
+            tokens, topk_ids, topk_weights, *experts, activation=self.activation, beside=beside
+        )
         if self.num_identity_experts:
             share = identity_weights(topk_ids, topk_weights, self.num_experts)
             out = out + share[:, None].to(out.dtype) * tokens.to(out.dtype)
-        if self.shared_gate_up_proj is not None:
-            out = out + self._shared_expert(tokens)
+        if shared is not None:
+            out = out + shared
         out = out.view(hidden_states.shape)
         return (out, routed) if return_routed else out
 
-    def _shared_expert(self, tokens: Tensor) -> Tensor:
+    def _shared_expert(self, tokens: Tensor) -> Tensor | None:
+        if self.shared_gate_up_proj is None:
+            return None
         first = torch.zeros(tokens.shape[0], 1, dtype=torch.int32, device=tokens.device)
         if self.shared_gate is None:
             weights = torch.ones(first.shape, dtype=torch.float32, device=tokens.device)
@@ -245,6 +254,21 @@ class MoEFeedForward(nn.Module):
             f"hidden_size={hidden_size}, intermediate_size={intermediate_size}, num_experts={num_experts}, "
             f"top_k={self.top_k}, weighted={self.weighted}"
         )
+
+
+def run_experts(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Tensor | QuantizedWeights,
+    down_proj: Tensor | QuantizedWeights,
+    *,
+    activation: Activation,
+    beside: Callable[[], Tensor | None],
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`expert_ffn`, and what ``beside`` returns, which does not depend on it."""
+    weights = (gate_up_proj, down_proj)
+    return expert_ffn(hidden_states, topk_ids, topk_weights, *weights, activation=activation), beside()
 
 
 def recomputes() -> bool:

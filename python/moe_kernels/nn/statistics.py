@@ -74,6 +74,20 @@ class ModuleStatistics:
         finally:
             self._labels = before
 
+    def all_reduce(self, group: "torch.distributed.ProcessGroup | None" = None) -> None:
+        """Adds up what the ranks of a group (None: all) have counted, each over its own tokens; all of them must call.
+
+        Every rank then has the counts of the whole batch. The ranks may have seen different kinds.
+        """
+        heard: list = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(heard, (self.counts, self.weights, self.tokens), group=group)
+        self.counts, self.weights, self.tokens = {}, {}, {}
+        for tables in heard:
+            for name, counts in tables[0].items():
+                self._grow(name, *counts.shape)
+                for total, table in zip((self.counts, self.weights, self.tokens), tables, strict=True):
+                    total[name][: len(table[name])] += table[name]
+
     def share(self, name: str) -> Tensor:
         """``counts / tokens``: the share of each kind's tokens that took each expert, 0 where no token was seen."""
         return self.counts[name] / self.tokens[name].clamp(min=1)[:, None]

@@ -11,9 +11,16 @@ or, for a model that is there already, and for the mixture-of-experts models tha
     report = replace_modules(model)      # print(report) says what was replaced, what was refused, and why
     report.restore()
 
+Expert parallelism of transformers works with it (``DistributedConfig(ep_size=...)``), and has a way of its own to bring
+tokens to their experts, ``ep_implementation="moe_kernels"``: see :mod:`.expert_parallel`.
+
 It also registers the classes of models whose layers ``moe_kernels.nn.split_dense`` has split, so that
 ``AutoModelForCausalLM.from_pretrained`` loads them.
 """
+
+from importlib.util import find_spec
+
+import torch
 
 try:
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -32,6 +39,11 @@ from moe_kernels.nn.split_models import split_classes
 
 ExpertsInterface.register(IMPLEMENTATION, experts_forward)
 FP8ExpertsInterface.register(IMPLEMENTATION, fp8_experts_forward)
+if torch.distributed.is_available() and find_spec("transformers.distributed") is not None:
+    if find_spec("transformers.distributed.expert_parallel") is not None:  # not in every transformers that we take
+        from moe_kernels.integrations.transformers import expert_parallel
+
+        expert_parallel.register(IMPLEMENTATION)
 for split_class in split_classes().values():
     AutoConfig.register(split_class.config_class.model_type, split_class.config_class, exist_ok=True)
     AutoModelForCausalLM.register(split_class.config_class, split_class, exist_ok=True)

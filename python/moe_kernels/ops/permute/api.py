@@ -57,7 +57,8 @@ def permute(hidden_states: Tensor, plan: DispatchPlan, *, backend: Backend = "au
         backend: see :mod:`moe_kernels`.
 
     Returns:
-        [num_tokens * top_k, hidden_size], dtype and device of ``hidden_states``. Differentiable in ``hidden_states``;
+        One row for each of ``plan.source_rows``: [num_tokens * top_k, hidden_size], or as many as
+        :meth:`DispatchPlan.cut` has left. Dtype and device of ``hidden_states``. Differentiable in ``hidden_states``;
         a token's gradient is the sum of its rows', added in the order of ``topk_ids``' columns in float32.
     """
     check_tensor("permute", "hidden_states", hidden_states)
@@ -88,7 +89,7 @@ def unpermute(
 
     Args:
         rows: [num_tokens * top_k, hidden_size], float32, bfloat16, float16 or float64, any strides.
-        plan: of :func:`plan_dispatch`.
+        plan: of :func:`plan_dispatch`. Without weights it may be :meth:`DispatchPlan.cut`, and ``rows`` with it.
         topk_weights: [num_tokens, top_k], any of the same dtypes; None weighs every pair 1.
         backend: see :mod:`moe_kernels`.
 
@@ -98,11 +99,11 @@ def unpermute(
     """
     check_tensor("unpermute", "rows", rows)
     if rows.dim() != 2 or rows.shape[0] != plan.source_rows.shape[0]:
-        expected = f"[num_tokens * top_k={plan.source_rows.shape[0]}, hidden_size]"
+        expected = f"[{plan.source_rows.shape[0]} like plan.source_rows, hidden_size]"
         raise shape_error("unpermute", "rows", expected, rows)
     if rows.dtype not in FLOAT_DTYPES:
         raise dtype_error("unpermute", "rows", FLOAT_DTYPES, rows)
-    _check_plan("unpermute", plan)
+    _check_plan("unpermute", plan, cut=topk_weights is None)
     if topk_weights is not None:
         check_tensor("unpermute", "topk_weights", topk_weights)
         if topk_weights.shape != plan.permuted_rows.shape:
@@ -119,7 +120,9 @@ def unpermute(
     return autograd.kernels(backend).unpermute(rows, plan.permuted_rows, topk_weights)
 
 
-def _check_plan(op: str, plan: DispatchPlan) -> None:
-    if plan.permuted_rows.dim() != 2 or plan.source_rows.shape != (plan.permuted_rows.numel(),):
-        expected = f"[{plan.permuted_rows.numel()}], one row for each of plan.permuted_rows"
+def _check_plan(op: str, plan: DispatchPlan, *, cut: bool = True) -> None:
+    num_pairs = plan.permuted_rows.numel()
+    whole = plan.source_rows.shape == (num_pairs,)
+    if plan.permuted_rows.dim() != 2 or not (whole or cut and plan.source_rows.numel() < num_pairs):
+        expected = f"[{num_pairs}], one row for each of plan.permuted_rows"
         raise shape_error(op, "plan.source_rows", expected, plan.source_rows, "make the plan with plan_dispatch")

@@ -32,7 +32,7 @@ def permute(hidden_states: Tensor, plan: DispatchPlan) -> Tensor:
 
 def unpermute(rows: Tensor, plan: DispatchPlan, topk_weights: Tensor | None) -> Tensor:
     num_tokens, top_k = plan.permuted_rows.shape
-    if num_tokens == 0 or top_k == 0:
+    if num_tokens == 0 or top_k == 0 or rows.shape[0] == 0:
         return rows.new_zeros(num_tokens, rows.shape[1]) + rows[:0].sum()  # connected to the graph
     skipped = plan.permuted_rows < 0
     # masked before the product: a skipped pair gives zero even where the row or its weight holds NaN

@@ -1,0 +1,92 @@
+"""The expert FFN over ranks: :func:`expert_parallel_ffn`."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from moe_kernels._dispatch import autocast, autocast_enabled
+from moe_kernels.activation import Activation
+from moe_kernels.distributed.chunks import run_in_chunks
+from moe_kernels.distributed.trip import Trip
+from moe_kernels.ops.expert_ffn import expert_ffn
+
+_SILU = Activation()
+
+
+def expert_parallel_ffn(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    *,
+    group: ProcessGroup,
+    layer: str = "expert_parallel_ffn",
+    activation: Activation = _SILU,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """:func:`moe_kernels.expert_ffn` where each rank has tokens of its own and its share of the experts.
+
+    A token's row travels once to each rank that owns one of its experts, and one row comes back from each; see
+    :class:`moe_kernels.distributed.trip.Trip` for what is sent. On each rank :func:`expert_ffn` runs.
+
+    Args:
+        hidden_states: [num_tokens, hidden_size], as many on each rank as it likes, also none.
+        topk_ids: [num_tokens, top_k], int32 or int64, in [0, num_experts) over all ranks; others are skipped.
+        topk_weights: [num_tokens, top_k].
+        gate_up_proj, down_proj: this rank's experts, [num_experts / world_size, ...], as many on each rank: rank r has
+            the r-th block.
+        group: the ranks; all of them must call, and run backward where a gradient is needed.
+        layer: name for errors.
+        activation: see :func:`expert_ffn`.
+        chunk_tokens: how many tokens of each rank travel at a time; None for all. It bounds the memory, also that kept
+            for backward, where all tokens go to one rank; see :mod:`moe_kernels.distributed.chunks` for its price.
+
+    Returns:
+        [num_tokens, hidden_size], dtype of ``hidden_states`` (autocast as in :func:`expert_ffn`; rows then travel in
+        the autocast dtype).
+
+        Differentiable as :func:`expert_ffn`. A rank's sum over its experts is rounded to the dtype of the rows before
+        it travels, and the sums are added in rising order of ranks. So a token's output has the same bits whichever
+        rank it starts on and whatever tokens stand beside it or elsewhere; it equals a single process to rounding, and
+        to the bit where all experts of a token are on one rank. The gradient of the experts adds rows in order of
+        ranks, then tokens: it is that of one process which has the ranks' tokens one after another, to the bit.
+
+    Raises:
+        ValueError: on every rank, where the ranks' layers or dtypes differ; it names layer and rank.
+    """
+    out, _ = run_ffn(
+        hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, activation, chunk_tokens, group, layer
+    )
+    return out
+
+
+@torch.compiler.disable  # sizes that only the host knows break the graph anyway
+def run_ffn(
+    hidden_states: Tensor,
+    topk_ids: Tensor,
+    topk_weights: Tensor,
+    gate_up_proj: Tensor,
+    down_proj: Tensor,
+    activation: Activation,
+    chunk_tokens: int | None,
+    group: ProcessGroup,
+    layer: str,
+    *,
+    beside: Callable[[], Tensor | None] = lambda: None,
+) -> tuple[Tensor, Tensor | None]:
+    """The experts' sum, and what ``beside`` returns, which runs while rows travel."""
+    device_type = hidden_states.device.type
+    if autocast_enabled(device_type):
+        hidden_states, gate_up_proj, down_proj = autocast(device_type, hidden_states, gate_up_proj, down_proj)
+    batch, weights = (hidden_states, topk_ids, topk_weights), (gate_up_proj, down_proj)
+    where = (gate_up_proj.shape[0] * group.size(), group, layer)
+    experts = partial(expert_ffn, activation=activation)
+    if chunk_tokens is not None:
+        return run_in_chunks(*batch, weights, experts, chunk_tokens, *where), beside()
+    trip = Trip(*batch, *where)
+    found = beside()
+    return trip.run(lambda *rows: experts(*rows, *weights)).finish(), found
