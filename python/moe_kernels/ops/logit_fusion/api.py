@@ -106,7 +106,8 @@ def fuse_logits(
     sources = [sources] if isinstance(sources, Tensor) else list(sources)
     num_rows, num_sources = _check_sources("fuse_logits", sources, rows)
     weights = _weights("fuse_logits", weights, num_rows, num_sources, sources[0])
-    vocab_size = _vocab("fuse_logits", vocab, sources)
+    named = {f"sources[{k}]": source for k, source in enumerate(sources)}
+    vocab_size = check_vocab("fuse_logits", vocab, named)
     for name, value, choices in (("mode", mode, MODES), ("neg_inf", neg_inf, NEG_INF), ("out", out, OUTS)):
         if value not in choices:
             raise value_error("fuse_logits", name, f"one of {', '.join(choices)}", repr(value))
@@ -130,14 +131,8 @@ def fuse_logits(
         _check_draw("fuse_logits", request_ids, num_rows, seed, step)
     else:
         request_ids, seed, step = None, 0, 0
-    check_same_device(
-        "fuse_logits",
-        **{f"sources[{k}]": source for k, source in enumerate(sources)},
-        weights=weights,
-        rows=rows,
-        temperature=temperature,
-        request_ids=request_ids,
-    )
+    rest = {"weights": weights, "rows": rows, "temperature": temperature, "request_ids": request_ids}
+    check_same_device("fuse_logits", **named, **rest)
     filters = [[] if one is None else one.numbers for one in (mask, floor, keep)]
     draw = (request_ids, seed, step)
     if resolve("fuse_logits", backend, sources[0].device.type) == "reference":
@@ -192,19 +187,19 @@ def _weights(op: str, weights: Sequence[float] | Tensor, num_rows: int, num_sour
     return weights.expand(num_rows, num_sources)
 
 
-def _vocab(op: str, vocab: int | None, sources: list[Tensor]) -> int:
-    sizes = [source.shape[1] for source in sources]
+def check_vocab(op: str, vocab: int | None, named: dict[str, Tensor]) -> int:
+    """How many tokens take part. ``named``: argument -> its logits."""
+    sizes = [source.shape[1] for source in named.values()]
     smallest, largest = min(sizes), max(sizes)
+    name = list(named)[sizes.index(smallest)]
     if vocab is None:
         if largest - smallest > MAX_VOCAB_GAP:
-            k = sizes.index(smallest)
             expected = f"at most {MAX_VOCAB_GAP} tokens short of the largest vocabulary, {largest}"
             remedy = "check that the tokenizers are the same and give vocab=, the number of tokens they share"
-            raise value_error(op, f"sources[{k}]", expected, smallest, remedy)
+            raise value_error(op, name, expected, smallest, remedy)
         return smallest
     if not 1 <= vocab <= smallest:
-        k = sizes.index(smallest)
-        raise value_error(op, "vocab", f"in [1, {smallest}], the vocabulary of sources[{k}]", vocab)
+        raise value_error(op, "vocab", f"in [1, {smallest}], the vocabulary of {name}", vocab)
     return vocab
 
 
