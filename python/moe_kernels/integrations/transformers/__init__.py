@@ -33,6 +33,7 @@ except ImportError as error:
 from moe_kernels.integrations.transformers import fusions
 from moe_kernels.integrations.transformers.experts import experts_forward, fp8_experts_forward
 from moe_kernels.integrations.transformers.fused_generation import FusedGeneration
+from moe_kernels.integrations.transformers.fusion_processor import FusionLogitsProcessor
 from moe_kernels.integrations.transformers.quantize import quantize_experts
 from moe_kernels.integrations.transformers.replace import IMPLEMENTATION, ReplacementReport, replace_modules
 from moe_kernels.integrations.transformers.source_state import FusionSource, check_tokenizers
@@ -47,6 +48,7 @@ for split_class in split_classes().values():
 __all__ = [
     "IMPLEMENTATION",
     "FusedGeneration",
+    "FusionLogitsProcessor",
     "FusionSource",
     "ReplacementReport",
     "check_tokenizers",
