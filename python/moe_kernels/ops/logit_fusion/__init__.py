@@ -9,15 +9,19 @@ from moe_kernels.ops.logit_fusion.tilt import (
     tilt_stats,
 )
 from moe_kernels.ops.logit_fusion.token_filter import TokenFilter
+from moe_kernels.ops.logit_fusion.verify import Verified, fused_verify, verify_draft
 
 __all__ = [
     "TiltSolution",
     "TiltStats",
     "TokenFilter",
+    "Verified",
     "copyright_protecting_fusion",
     "dynamic_fusion",
     "fuse_logits",
+    "fused_verify",
     "presets",
     "solve_tilt",
     "tilt_stats",
+    "verify_draft",
 ]

@@ -128,7 +128,7 @@ def fuse_logits(
             raise value_error("fuse_logits", "temperature", expected, temperature)
         temperature = weights.new_full((num_rows,), float(temperature))
     if out == "sample":
-        _check_draw("fuse_logits", request_ids, num_rows, seed, step)
+        check_draw("fuse_logits", request_ids, num_rows, seed, step)
     else:
         request_ids, seed, step = None, 0, 0
     rest = {"weights": weights, "rows": rows, "temperature": temperature, "request_ids": request_ids}
@@ -203,7 +203,7 @@ def check_vocab(op: str, vocab: int | None, named: dict[str, Tensor]) -> int:
     return vocab
 
 
-def _check_draw(op: str, request_ids: Tensor | None, num_rows: int, seed: int | None, step: int) -> None:
+def check_draw(op: str, request_ids: Tensor | None, num_rows: int, seed: int | None, step: int) -> None:
     if request_ids is None or seed is None:
         missing = "request_ids" if request_ids is None else "seed"
         raise value_error(op, missing, "given for out='sample'", None, "a draw is keyed by seed, request and step")

@@ -9,6 +9,8 @@ from moe_kernels.ops.route.reference import philox
 
 #: second half of the generator's key: draws of this room are never those of routing under the same seed and step
 DRAW_KEY = 0x6C6F6769
+#: draws at one seed, request and step: of tokens, and of a draft's verification
+TOKEN_DRAW, ACCEPT_DRAW, RESAMPLE_DRAW = range(3)
 
 
 def threshold(z: Tensor, numbers: list[float]) -> Tensor:
@@ -32,7 +34,7 @@ def threshold(z: Tensor, numbers: list[float]) -> Tensor:
     return torch.minimum(bound, ranked[:, at_least - 1 : at_least])
 
 
-def uniforms(request_ids: Tensor, seed: int, step: int, draw: int = 0) -> Tensor:
+def uniforms(request_ids: Tensor, seed: int, step: int, draw: int = TOKEN_DRAW) -> Tensor:
     """[num_rows] float64 in [0, 1): 53 bits of Philox at (request, step, draw) under the seed."""
     counter = (
         request_ids & 0xFFFFFFFF,
@@ -179,6 +181,29 @@ def fuse_logits(
         drawn = sample(z, uniforms(request_ids, seed, step))
         greedy = torch.where(temperature == 0, greedy, drawn)
     return greedy.masked_fill(unusable, -1)
+
+
+def verify(target: Tensor, draft: Tensor, tokens: Tensor, accept: Tensor, resample: Tensor) -> tuple[Tensor, Tensor]:
+    """(how many drafted tokens stay, the token after them), each [num_rows] int64.
+
+    target, draft: probabilities [num_rows, num_draft + 1 and num_draft, vocab]; accept, resample: uniforms of as many.
+    """
+    num_draft, vocab_size = tokens.shape[1], target.shape[2]
+    known = (tokens >= 0) & (tokens < vocab_size)
+    index = tokens.masked_fill(~known, 0)[:, :, None]
+    of_target, of_draft = (
+        probs[:, :num_draft].gather(2, index).squeeze(2).double().masked_fill(~known, 0) for probs in (target, draft)
+    )
+    stays = accept * of_draft < of_target  # not where the target is zero, or NaN
+    num_accepted = stays.long().cumprod(1).sum(1)
+    at, rows = num_accepted, torch.arange(tokens.shape[0], device=tokens.device)
+    last = at.clamp(max=num_draft - 1)
+    is_drafted = (at < num_draft) & (tokens[rows, last] >= 0)
+    q = target[rows, at].double()
+    left = (q - draft[rows, last].double().masked_fill(~is_drafted[:, None], 0)).clamp(min=0)
+    # equal but for rounding: a token went although nothing is left beside the draft
+    left = torch.where((left > 0).any(1, keepdim=True), left, q)
+    return num_accepted, sample(left.log(), resample[rows, at])
 
 
 #: of solve_tilt, by position in TARGETS of tilt.py
