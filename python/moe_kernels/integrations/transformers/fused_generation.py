@@ -10,6 +10,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from moe_kernels._checks import shape_error, value_error
 from moe_kernels.integrations.transformers.fused_beams import search_beams
+from moe_kernels.integrations.transformers.fused_speculation import speculate
 from moe_kernels.integrations.transformers.source_state import FusionSource, SourceState, check_rows, check_tokenizers
 from moe_kernels.ops.logit_fusion import fuse_logits
 
@@ -37,12 +38,17 @@ class FusedGeneration:
     2**32; by default the place in the batch). transformers 5.24 keeps ``streamer`` from a callable: give it as
     ``custom_generate=partial(fusion, streamer=streamer)``.
 
+    With ``draft`` one of the others writes ``num_draft`` tokens ahead, the rest read them at once, and those stay that
+    leave the distribution as it was (:func:`moe_kernels.fused_verify`): for one row, whose caches can go back.
+
     Args:
         fuse: called as ``fuse(*logits, **options)`` with logits [num_rows, vocab] of the generating model and of each
             of ``others``, and ``out``, ``request_ids``, ``seed`` and ``step`` of :func:`moe_kernels.fuse_logits`,
             which it passes on: a preset, or a function of your own.
         others: the sources besides the generating model.
         tokenizers: of all models, if their vocabularies shall be compared: ids that mean two things are refused.
+        draft: position in ``others`` of the source that drafts; none by default.
+        num_draft: how many tokens at a time.
 
     Raises:
         ValueError: what would be wrong in silence: other inputs than token ids, padding on the right, an encoder, a
@@ -51,11 +57,22 @@ class FusedGeneration:
     """
 
     def __init__(
-        self, fuse: Callable[..., Tensor], others: Sequence[FusionSource], *, tokenizers: Sequence | None = None
+        self,
+        fuse: Callable[..., Tensor],
+        others: Sequence[FusionSource],
+        *,
+        tokenizers: Sequence | None = None,
+        draft: int | None = None,
+        num_draft: int = 4,
     ):
         if tokenizers is not None:
             check_tokenizers(_OP, tokenizers)
         self.fuse, self.others = fuse, list(others)
+        if draft is not None and not 0 <= draft < len(self.others):
+            raise value_error(_OP, "draft", f"in [0, {len(self.others)}), the other sources", draft)
+        if num_draft < 1:
+            raise value_error(_OP, "num_draft", "at least 1", num_draft)
+        self.draft, self.num_draft = draft, num_draft
 
     def __call__(
         self,
@@ -74,14 +91,18 @@ class FusedGeneration:
         _refuse(generation_config, model_kwargs, synced_gpus)
         repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
         states = self.start(model, input_ids, model_kwargs.get("attention_mask"), repeats)
+        if self.draft is not None and (input_ids.shape[0] > 1 or generation_config.return_dict_in_generate):
+            actual = f"{input_ids.shape[0]} rows, return_dict_in_generate={generation_config.return_dict_in_generate}"
+            raise value_error(_OP, "a drafted generation", "one row, and token ids", actual, "leave out draft=")
         if generation_config.num_beams > 1:
             return search_beams(
                 model, states, self.fuse, input_ids, logits_processor, stopping_criteria, generation_config
             )
         request_ids = _request_ids(request_ids, input_ids, repeats)
-        return self._generate(
-            states, input_ids, logits_processor, stopping_criteria, generation_config, streamer, seed, request_ids
-        )
+        rest = (input_ids, logits_processor, stopping_criteria, generation_config, streamer, seed, request_ids)
+        if self.draft is not None:
+            return speculate(states, self.fuse, self.draft + 1, self.num_draft, *rest)
+        return self._generate(states, *rest)
 
     def start(
         self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, repeats: int = 1

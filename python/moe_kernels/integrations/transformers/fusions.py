@@ -44,13 +44,23 @@ def context_aware(
     return FusedGeneration(partial(presets.context_aware, strength=strength, **options), [other])
 
 
-def contrastive_decoding(amateur: PreTrainedModel, **options) -> FusedGeneration:
-    """What the generating model likes and ``amateur`` does not. ``options``: of the preset of this name."""
-    return FusedGeneration(partial(presets.contrastive_decoding, **options), [FusionSource(amateur)])
+def contrastive_decoding(amateur: PreTrainedModel, *, num_draft: int = 0, **options) -> FusedGeneration:
+    """What the generating model likes and ``amateur`` does not. ``options``: of the preset of this name.
+
+    Args:
+        num_draft: speculative contrastive decoding: how many tokens the amateur drafts at a time.
+    """
+    fuse = partial(presets.contrastive_decoding, **options)
+    return FusedGeneration(fuse, [FusionSource(amateur)], **_drafted(num_draft))
 
 
-def emulated_fine_tuning(pairs: Pairs, scales: Sequence[float] | None = None, **options) -> FusedGeneration:
+def emulated_fine_tuning(
+    pairs: Pairs, scales: Sequence[float] | None = None, *, num_draft: int = 0, **options
+) -> FusedGeneration:
     """Adds what tuning did to small models, (tuned, untuned) each: emulated fine-tuning, proxy tuning, DExperts.
+
+    Args:
+        num_draft: how many tokens the first tuned model drafts at a time.
 
     Source: :func:`presets.emulated_fine_tuning`.
     """
@@ -58,16 +68,21 @@ def emulated_fine_tuning(pairs: Pairs, scales: Sequence[float] | None = None, **
     def fuse(base: Tensor, *others: Tensor, **draw) -> Tensor:
         return presets.emulated_fine_tuning(base, _in_pairs(others), scales, **options, **draw)
 
-    return FusedGeneration(fuse, _sources(pairs))
+    return FusedGeneration(fuse, _sources(pairs), **_drafted(num_draft))
 
 
-def dynamic_fusion(pairs: Pairs, **options) -> FusedGeneration:
+def dynamic_fusion(pairs: Pairs, *, num_draft: int = 0, **options) -> FusedGeneration:
     """The same with a scale that is solved for each token. ``options``: of the function of this name."""
 
     def fuse(base: Tensor, *others: Tensor, **draw) -> Tensor:
         return logit_fusion.dynamic_fusion(base, _in_pairs(others), **options, **draw)
 
-    return FusedGeneration(fuse, _sources(pairs))
+    return FusedGeneration(fuse, _sources(pairs), **_drafted(num_draft))
+
+
+def _drafted(num_draft: int) -> dict:
+    """The first of the other sources drafts, or none does."""
+    return {"draft": 0, "num_draft": num_draft} if num_draft else {}
 
 
 def _sources(pairs: Pairs) -> list[FusionSource]:

@@ -96,7 +96,7 @@ class SourceState:
         if self._chooses_logits:
             arguments["logits_to_keep"] = num_positions
         outputs = self.model(input_ids=tokens, **arguments)
-        self._cache = getattr(outputs, self._cache_name)
+        self._cache = outputs[self._cache_name]
         return outputs.logits[:, -num_positions:]
 
     def select(self, rows: Tensor) -> None:
@@ -105,11 +105,21 @@ class SourceState:
         self.unread = None if self.unread is None else self.unread[rows]
         self._cache.reorder_cache(rows)
 
+    def read_prompt(self) -> None:
+        """Reads all but the last token, so that :meth:`forget` can be called after each :meth:`logits`."""
+        mask, last = self._mask, self.unread[:, -1:]
+        if self.unread.shape[1] > 1:
+            self.unread, self._mask = self.unread[:, :-1], mask[:, :-1]
+            self.logits()
+            # a window drops what leaves it; from here on it waits for forget
+            if hasattr(self._cache, "activate_past_recording"):
+                self._cache.activate_past_recording()
+        self.unread, self._mask = last, mask
+
     def forget(self, num_tokens: int) -> None:
         """The last tokens that were read were not."""
-        if num_tokens:
-            self._cache.crop(-num_tokens)
-            self._mask = self._mask[:, :-num_tokens]
+        self._cache.crop(-num_tokens)  # none of them is a call too: a window drops what it kept to go back
+        self._mask = self._mask[:, : self._mask.shape[1] - num_tokens]
 
 
 def check_rows(has_token: Tensor, rows: Tensor) -> None:
