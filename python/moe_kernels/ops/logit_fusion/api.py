@@ -105,7 +105,7 @@ def fuse_logits(
     """
     sources = [sources] if isinstance(sources, Tensor) else list(sources)
     num_rows, num_sources = _check_sources("fuse_logits", sources, rows)
-    weights = _weights("fuse_logits", weights, num_rows, num_sources, sources[0])
+    weights = check_weights("fuse_logits", weights, num_rows, num_sources, sources[0])
     named = {f"sources[{k}]": source for k, source in enumerate(sources)}
     vocab_size = check_vocab("fuse_logits", vocab, named)
     for name, value, choices in (("mode", mode, MODES), ("neg_inf", neg_inf, NEG_INF), ("out", out, OUTS)):
@@ -172,7 +172,9 @@ def _check_sources(op: str, sources: list[Tensor], rows: Tensor | None) -> tuple
     return rows.shape[0], rows.shape[1]
 
 
-def _weights(op: str, weights: Sequence[float] | Tensor, num_rows: int, num_sources: int, source: Tensor) -> Tensor:
+def check_weights(
+    op: str, weights: Sequence[float] | Tensor, num_rows: int, num_sources: int, source: Tensor
+) -> Tensor:
     if not isinstance(weights, Tensor):
         dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
         if any(isinstance(weight, Tensor) for weight in weights):  # stacked: a gradient goes through
