@@ -1,5 +1,6 @@
 from moe_kernels.ops.logit_fusion import presets
 from moe_kernels.ops.logit_fusion.api import fuse_logits
+from moe_kernels.ops.logit_fusion.features import fuse_features
 from moe_kernels.ops.logit_fusion.heads import fuse_heads
 from moe_kernels.ops.logit_fusion.tilt import (
     TiltSolution,
@@ -19,6 +20,7 @@ __all__ = [
     "Verified",
     "copyright_protecting_fusion",
     "dynamic_fusion",
+    "fuse_features",
     "fuse_heads",
     "fuse_logits",
     "fused_verify",

@@ -183,6 +183,13 @@ def fuse_logits(
     return greedy.masked_fill(unusable, -1)
 
 
+def fuse_features(features: list[Tensor], map_logits: Tensor) -> Tensor:
+    """[batch_size, channels, *places]: of the stacked features, the sum over models weighed by a softmax."""
+    acc = torch.float64 if features[0].dtype == torch.float64 else torch.float32
+    shares = map_logits.to(acc).softmax(1)
+    return (torch.stack(features, 1).to(acc) * shares[:, :, None]).sum(1).to(features[0].dtype)
+
+
 def verify(target: Tensor, draft: Tensor, tokens: Tensor, accept: Tensor, resample: Tensor) -> tuple[Tensor, Tensor]:
     """(how many drafted tokens stay, the token after them), each [num_rows] int64.
 
