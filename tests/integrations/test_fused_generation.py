@@ -186,6 +186,14 @@ def test_scores_and_streamer(models):
     assert torch.cat(streamer.put_).tolist() == new.tolist() and streamer.ended
 
 
+def test_a_model_without_a_pad_token():
+    model = tiny(0)
+    model.config.pad_token_id = model.generation_config.pad_token_id = None
+    fusion = fusions.guidance(1.5, torch.tensor([[12, 13]]))
+    ids = model.generate(torch.tensor([[20, 21, 22]]), max_new_tokens=3, custom_generate=fusion, eos_token_id=None)
+    assert ids.shape == (1, 6)
+
+
 def test_another_vocabulary_and_architecture(models):
     wide = tiny(3, vocab_size=VOCAB_SIZE + 9)
     torch.manual_seed(0)

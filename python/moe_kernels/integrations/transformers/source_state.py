@@ -52,7 +52,8 @@ class FusionSource:
         repeats = input_ids.shape[0] // ids.shape[0]
         ids = ids.to(input_ids.device).repeat_interleave(repeats, 0)
         mask = None if mask is None else mask.to(input_ids.device).repeat_interleave(repeats, 0)
-        if mask is None and (ids[:, 0] == model.config.get_text_config().pad_token_id).any():
+        pad = model.config.get_text_config().pad_token_id
+        if mask is None and pad is not None and (ids[:, 0] == pad).any():
             remedy = "give its attention_mask, be it of ones"
             raise value_error(
                 op, f"{name}'s input_ids", "without padding where no mask is given", "a pad token", remedy

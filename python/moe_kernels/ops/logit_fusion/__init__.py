@@ -7,6 +7,7 @@ from moe_kernels.ops.logit_fusion.tilt import (
     TiltStats,
     copyright_protecting_fusion,
     dynamic_fusion,
+    dynamic_solution,
     solve_tilt,
     tilt_stats,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "Verified",
     "copyright_protecting_fusion",
     "dynamic_fusion",
+    "dynamic_solution",
     "fuse_features",
     "fuse_heads",
     "fuse_logits",

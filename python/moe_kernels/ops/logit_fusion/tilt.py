@@ -142,6 +142,28 @@ def solve_tilt(
     return TiltSolution(*op.solve_tilt(sources, torch.stack(columns, 1), TARGETS.index(target), low, high, grid or 0))
 
 
+def dynamic_solution(
+    base: Tensor,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    *,
+    expert: int = 0,
+    bounds: tuple[float, float] = (0.0, 2.0),
+    grid: int | None = None,
+    vocab: int | None = None,
+    backend: Backend = "auto",
+) -> TiltSolution:
+    """The weight of each row in :func:`dynamic_fusion`, which has the arguments."""
+    if not 0 <= expert < len(pairs):
+        raise value_error("dynamic_fusion", "expert", f"in [0, {len(pairs)}), the number of pairs", expert)
+    kl, reverse = [], []
+    for tuned, untuned in pairs:
+        stats = tilt_stats(untuned, (tuned, untuned), [0.0, 1.0], vocab=vocab, backend=backend)
+        kl.append(stats.mean[:, 1] - stats.log_partition[:, 1])
+        reverse.append(stats.log_partition[:, 1] - stats.mean[:, 0])
+    values = (torch.stack(kl).mean(0), torch.stack(reverse).mean(0))
+    return solve_tilt(base, pairs[expert], "match", values, bounds=bounds, grid=grid, vocab=vocab, backend=backend)
+
+
 def dynamic_fusion(
     base: Tensor,
     pairs: Sequence[tuple[Tensor, Tensor]],
@@ -168,19 +190,10 @@ def dynamic_fusion(
 
     Source: Dynamic Logits Fusion, arXiv 2406.15480.
     """
-    if not 0 <= expert < len(pairs):
-        raise value_error("dynamic_fusion", "expert", f"in [0, {len(pairs)}), the number of pairs", expert)
-    kl, reverse = [], []
-    for tuned, untuned in pairs:
-        stats = tilt_stats(untuned, (tuned, untuned), [0.0, 1.0], vocab=vocab, backend=backend)
-        kl.append(stats.mean[:, 1] - stats.log_partition[:, 1])
-        reverse.append(stats.log_partition[:, 1] - stats.mean[:, 0])
-    values = (torch.stack(kl).mean(0), torch.stack(reverse).mean(0))
-    direction = pairs[expert]
     tilt = {"vocab": vocab, "backend": backend}
-    alpha = _read(solve_tilt(base, direction, "match", values, bounds=bounds, grid=grid, **tilt).alpha)
+    alpha = _read(dynamic_solution(base, pairs, expert=expert, bounds=bounds, grid=grid, **tilt).alpha)
     weights = torch.stack([torch.ones_like(alpha), alpha, -alpha], 1)
-    return fuse_logits([base, *direction], weights, **tilt, **options)
+    return fuse_logits([base, *pairs[expert]], weights, **tilt, **options)
 
 
 def copyright_protecting_fusion(
