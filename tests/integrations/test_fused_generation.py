@@ -241,6 +241,11 @@ def test_bad_input(models):
             r"others\[0\]'s attention_mask must be of shape \[2, 3\]",
         ),
         (lambda: generate(FusedGeneration(fuse, [other])), "at most 256 tokens short .* tokenizers are the same"),
+        (
+            lambda: generate(FusedGeneration(fuse, [FusionSource(tiny(1).to("meta"))])),
+            r"others\[0\] must be on cpu, as the prompt, got meta; move it with .to\(\)",
+        ),
+        (lambda: generate(inputs_embeds=torch.randn(2, 5, 16)), "inputs must be input_ids and attention_mask, got"),
         (lambda: generate(use_cache=False), "use_cache must be left at its default, got False"),
         (
             lambda: generate(output_attentions=True),

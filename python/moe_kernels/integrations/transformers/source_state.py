@@ -69,6 +69,8 @@ class SourceState:
     """
 
     def __init__(self, op: str, name: str, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None):
+        if model.device != input_ids.device:
+            raise value_error(op, name, f"on {input_ids.device}, as the prompt", model.device, "move it with .to()")
         self.model, self.unread = model, input_ids
         self._mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
         if not self._mask[:, -1].all():
@@ -138,8 +140,8 @@ def check_tokenizers(op: str, tokenizers: Sequence) -> None:
     One tokenizer may end before another (padding, added tokens); what they both have must be the same.
     """
     first, *others = (tokenizer.get_vocab() for tokenizer in tokenizers)
+    by_id = {index: token for token, index in first.items()}
     for k, other in enumerate(others, 1):
-        by_id = {index: token for token, index in first.items()}
         for token, index in other.items():
             if by_id.get(index, token) != token:
                 expected = f"the vocabulary of tokenizers[0], where {index} is {by_id[index]!r}"
