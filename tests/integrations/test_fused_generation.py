@@ -124,6 +124,16 @@ def test_several_sequences_of_a_prompt_differ_and_the_first_is_that_of_one(model
         assert first == alone
 
 
+def test_beams_that_sample_follow_the_generator_of_torch(models):
+    inputs = prompts([5, 3])
+    arguments = {"do_sample": True, "temperature": 5.0, "num_beams": 3, "max_new_tokens": 6}
+    runs = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        runs.append(models[0].generate(**inputs, **arguments, custom_generate=fusions.guidance(1.5)).tolist())
+    assert runs[0] == runs[1] != runs[2]
+
+
 def test_finished_rows_leave_the_models(models):
     inputs = prompts([5, 3, 8, 6])
     sizes = []
@@ -246,6 +256,10 @@ def test_bad_input(models):
             r"others\[0\] must be on cpu, as the prompt, got meta; move it with .to\(\)",
         ),
         (lambda: generate(inputs_embeds=torch.randn(2, 5, 16)), "inputs must be input_ids and attention_mask, got"),
+        (
+            lambda: generate(position_ids=torch.arange(1, 6).expand(2, -1)),
+            "position_ids must be left out, or the places of the tokens, got others",
+        ),
         (lambda: generate(use_cache=False), "use_cache must be left at its default, got False"),
         (
             lambda: generate(output_attentions=True),

@@ -83,6 +83,15 @@ def test_samples_have_the_distribution_of_the_fusion(models):
         assert ((counts - expected).square() / expected).sum() < freedom + 5 * (2 * freedom) ** 0.5
 
 
+def test_a_draft_that_knows_more_tokens(models):
+    wide = tiny(3, vocab_size=VOCAB_SIZE + 200)
+    # all but surely drafted, were it not for the models that cannot read it
+    wide.lm_head.weight.data[VOCAB_SIZE:] *= 30
+    for more in ({"do_sample": False}, {"do_sample": True}):
+        ids = generate(models[0], fusions.contrastive_decoding(wide, num_draft=3, plausibility=0.0), **more)
+        assert max(ids[0]) < VOCAB_SIZE
+
+
 def test_a_perfect_draft_spares_the_large_model(models):
     large, small, _ = models
     calls = []

@@ -89,6 +89,7 @@ class FusedGeneration:
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """What ``generate`` calls; returns [num_rows, length] token ids or transformers' output."""
         _refuse(generation_config, model_kwargs, synced_gpus)
+        _refuse_positions(model_kwargs, input_ids)
         repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
         states = self.start(model, input_ids, model_kwargs.get("attention_mask"), repeats)
         if self.draft is not None and (input_ids.shape[0] > 1 or generation_config.return_dict_in_generate):
@@ -207,3 +208,13 @@ def _refuse(config: GenerationConfig, model_kwargs: dict, synced_gpus: bool) -> 
     ):
         if refused:
             raise value_error(_OP, name, "left at its default", getattr(config, name, True))
+
+
+def _refuse_positions(model_kwargs: dict, input_ids: Tensor) -> None:
+    """``generate`` counts tokens itself; positions of the caller would have no meaning for other prompts."""
+    positions, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+    if positions is None:
+        return
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    if positions.dim() != 2 or ((positions != mask.cumsum(1) - 1) & (mask == 1)).any():
+        raise value_error(_OP, "position_ids", "left out, or the places of the tokens", "others")

@@ -30,6 +30,9 @@ def speculate(
     """
     length = input_ids.shape[1]
     temperature = (config.temperature or 1.0) if config.do_sample else 0.0
+    row = torch.zeros_like(request_ids)
+    # no source can read a token that it does not know
+    vocab = min(state.model.config.get_text_config().vocab_size for state in states)
     for state in states:
         state.read_prompt()
     while True:
@@ -38,8 +41,8 @@ def speculate(
         for t in range(max(1, min(num_draft, config.max_length - input_ids.shape[1] - 1))):
             draft_logits.append(states[draft].logits()[:, -1])
             draw = {"out": "sample", "request_ids": request_ids, "seed": seed, "step": step + t}
-            token = fuse_logits(draft_logits[-1:], [1.0], temperature=temperature, **draw)
-            check_rows(token >= 0, request_ids)
+            token = fuse_logits(draft_logits[-1:], [1.0], temperature=temperature, vocab=vocab, **draw)
+            check_rows(token >= 0, row)
             drafted = torch.cat([drafted, token[:, None]], 1)
             states[draft].append(token[:, None])
         num_drafted = drafted.shape[1]
@@ -56,15 +59,16 @@ def speculate(
             ends = range(input_ids.shape[1], sequence.shape[1] + 1)
             rows = [processors(sequence[:, :end], log_probs[t : t + 1]) for t, end in enumerate(ends)]
             log_probs = torch.cat(rows)
+        shared = torch.cat(draft_logits)[:, :vocab]
         count, token = verify_draft(
             _probs(log_probs, config.do_sample)[None],
-            _probs(torch.cat(draft_logits), config.do_sample, temperature)[None, :, : log_probs.shape[1]],
+            _probs(shared, config.do_sample, temperature)[None, :, : log_probs.shape[1]],
             drafted,
             request_ids=request_ids,
             seed=seed,
             step=step,
         )
-        check_rows(token >= 0, request_ids)
+        check_rows(token >= 0, row)
         for new in (*drafted[:, : count.item()].unbind(1), token):
             input_ids = torch.cat([input_ids, new[:, None]], 1)
             if streamer is not None:
