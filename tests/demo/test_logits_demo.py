@@ -51,6 +51,6 @@ def test_run(language_model, tmp_path, capsys, monkeypatch):  # noqa: F811
     json.dumps(result)
     report_logits.print_logits(result)
     out = capsys.readouterr().out
-    assert "Of 2 contexts the model follows" in out and "the text is the same" in out
+    assert "Of 2 answers" in out and "The solved weights move" in out and "the text is the same" in out
     report_logits.plot_logits(result, tmp_path / "logits.png")
     assert (tmp_path / "logits.png").read_bytes().startswith(b"\x89PNG")

@@ -16,7 +16,7 @@ def _print_prompts(result: dict) -> None:
     settings = result["settings"]
     table = make_table(
         f"{result['model']}: context-aware decoding, strength {settings['strength']:g}",
-        "greedy; * says what the context says",
+        "greedy; * holds the word that the context says",
         ("context", "question", "without the context", "with it", "context-aware"),
     )
     ways = ("without", "with", "aware")
@@ -26,7 +26,7 @@ def _print_prompts(result: dict) -> None:
     print_table(table)
     right = {way: sum(row["said"] in row[way]["text"] for row in result["context"]) for way in ways}
     print(
-        f"Of {len(result['context'])} contexts the model follows {right['with']} when it reads them, "
+        f"Of {len(result['context'])} answers {right['with']} hold the context's word when the model reads it, "
         f"{right['aware']} with context-aware decoding.\n"
     )
     print(f"Guidance, scale {settings['scale']:g}:")
@@ -64,6 +64,12 @@ def _print_tuning(tuning: dict, settings: dict) -> None:
         marks = (f"{row[way]:.3f}{'*' if way in ways[3:] and row[way] == best else ''}" for way in ways)
         table.add_row(name, *marks, f"{row['solved weight']:.2f}")
     print_table(table)
+    row = losses[tuning["last"]]
+    change = row["solved"] - row[f"scale {tuning['best']:g}"]
+    print(
+        "The solved weights move the large model as far as tuning moved the small one. On "
+        f"{tuning['last']} the loss is then {abs(change):.3f} {'above' if change > 0 else 'below'} the best fixed scale's."
+    )
     print(f"After {settings['prompt']!r}:")
     for name, row in tuning["texts"].items():
         print(f"  {name}: {row['text']!r}")
