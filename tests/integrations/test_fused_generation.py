@@ -155,6 +155,19 @@ def test_finished_rows_leave_the_models(models):
         assert set(row[end:]) <= {PAD}
 
 
+@pytest.mark.parametrize("length", [6, 40], ids=["joined", "too long to join"])
+def test_prompts_of_one_model_are_one_batch(models, length):
+    inputs, negative = prompts([5, 3]), prompts([length, 2])
+    calls = []
+    hook = models[0].register_forward_hook(lambda *_: calls.append(1))
+    arguments = {"do_sample": False, "max_new_tokens": NEW, "eos_token_id": None, "num_beams": 2}
+    actual = models[0].generate(**inputs, **arguments, custom_generate=fusions.guidance(1.5, *negative.values()))
+    hook.remove()
+    assert len(calls) == (NEW if length == 6 else 2 * NEW)
+    recompute = Recompute(models[0], inputs, partial(presets.guidance, scale=1.5), [(None, unpadded(negative))], 2)
+    assert actual.tolist() == models[0].generate(**inputs, **arguments, logits_processor=[recompute]).tolist()
+
+
 def test_processors_see_every_row_in_its_place(models):
     class Forced(LogitsProcessor):
         """Row r: token 10 + r, and the end after r + 1 tokens."""

@@ -68,7 +68,7 @@ def _print_tuning(tuning: dict, settings: dict) -> None:
     change = row["solved"] - row[f"scale {tuning['best']:g}"]
     print(
         "The solved weights move the large model as far as tuning moved the small one. On "
-        f"{tuning['last']} the loss is then {abs(change):.3f} {'above' if change > 0 else 'below'} the best fixed scale's."
+        f"{tuning['last']} their loss is {abs(change):.3f} {'above' if change > 0 else 'below'} that of the best scale."
     )
     print(f"After {settings['prompt']!r}:")
     for name, row in tuning["texts"].items():

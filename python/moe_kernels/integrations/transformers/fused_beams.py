@@ -7,12 +7,13 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutput
 
-from moe_kernels.integrations.transformers.source_state import SourceState, check_rows
+from moe_kernels.integrations.transformers.joint_sources import JointSources
+from moe_kernels.integrations.transformers.source_state import check_rows
 
 
 def search_beams(
     model: PreTrainedModel,
-    states: list[SourceState],
+    sources: JointSources,
     fuse: Callable[..., Tensor],
     input_ids: Tensor,
     logits_processor: LogitsProcessorList,
@@ -20,7 +21,7 @@ def search_beams(
     generation_config: GenerationConfig,
 ):
     """What ``generate`` returns for beams; ``input_ids`` [batch_size * num_beams, length]."""
-    fused = _FusedModel(model, states, fuse, generation_config.num_beams)
+    fused = _FusedModel(model, sources, fuse, generation_config.num_beams)
     return fused._beam_search(
         input_ids,
         logits_processor=logits_processor,
@@ -36,9 +37,9 @@ class _FusedModel(GenerationMixin):
     A search that reorders its beams need not tell: within one prompt, equal tokens mean equal caches.
     """
 
-    def __init__(self, model: PreTrainedModel, states: list[SourceState], fuse: Callable[..., Tensor], num_beams: int):
+    def __init__(self, model: PreTrainedModel, sources: JointSources, fuse: Callable[..., Tensor], num_beams: int):
         self.config, self.generation_config = model.config, model.generation_config
-        self.states, self.fuse, self.num_beams = states, fuse, num_beams
+        self.sources, self.fuse, self.num_beams = sources, fuse, num_beams
         self.read: Tensor | None = None
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, **_) -> dict:
@@ -49,12 +50,10 @@ class _FusedModel(GenerationMixin):
 
     def __call__(self, input_ids: Tensor, return_dict: bool = True) -> CausalLMOutput:
         if self.read is not None:
-            parents = self.parents(input_ids[:, :-1])
-            for state in self.states:
-                state.select(parents)
-                state.append(input_ids[:, -1:])
+            self.sources.select(self.parents(input_ids[:, :-1]))
+            self.sources.append(input_ids[:, -1:])
         self.read = input_ids.clone()
-        log_probs = self.fuse(*(state.logits()[:, -1] for state in self.states), out="log_probs")
+        log_probs = self.fuse(*self.sources.logits(), out="log_probs")
         check_rows((log_probs > -torch.inf).any(1), torch.arange(input_ids.shape[0], device=input_ids.device))
         return CausalLMOutput(logits=log_probs[:, None])
 

@@ -11,7 +11,8 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from moe_kernels._checks import shape_error, value_error
 from moe_kernels.integrations.transformers.fused_beams import search_beams
 from moe_kernels.integrations.transformers.fused_speculation import speculate
-from moe_kernels.integrations.transformers.source_state import FusionSource, SourceState, check_rows, check_tokenizers
+from moe_kernels.integrations.transformers.joint_sources import JointSources
+from moe_kernels.integrations.transformers.source_state import FusionSource, Prompt, check_rows, check_tokenizers
 from moe_kernels.ops.logit_fusion import fuse_logits
 
 #: what ``generate`` hands on that has no meaning for the fusion, which owns every cache, mask and position
@@ -28,11 +29,11 @@ class FusedGeneration:
         model.generate(**inputs, custom_generate=fusion, num_beams=4)
 
     The first source is the model that generates, on its own prompt. At each step every source reads the token that
-    was chosen; ``fuse`` makes one distribution of their logits, then come the processors that ``generate`` made of
-    its arguments (temperature, top-k, penalties), then the choice. Caches follow the beams, and finished rows leave
-    them. A draw is a function of seed, request and step alone (:func:`moe_kernels.fuse_logits`), so a row is the same
-    beside any others, as far as the models' own logits are. Beams are those of transformers' beam search; beams that
-    sample draw from PyTorch's generator as they do there.
+    was chosen, prompts of one model as rows of one batch; ``fuse`` makes one distribution of their logits, then come
+    the processors that ``generate`` made of its arguments (temperature, top-k, penalties), then the choice. Caches
+    follow the beams, and finished rows leave them. A draw is a function of seed, request and step alone
+    (:func:`moe_kernels.fuse_logits`), so a row is the same beside any others, as far as the models' own logits are.
+    Beams are those of transformers' beam search; beams that sample draw from PyTorch's generator as they do there.
 
     Arguments of ``generate`` that belong to it: ``seed`` (0 by default) and ``request_ids`` ([batch_size] int64 below
     2**32; by default the place in the batch). transformers 5.24 keeps ``streamer`` from a callable: give it as
@@ -91,34 +92,34 @@ class FusedGeneration:
         _refuse(generation_config, model_kwargs, synced_gpus)
         _refuse_positions(model_kwargs, input_ids)
         repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
-        states = self.start(model, input_ids, model_kwargs.get("attention_mask"), repeats)
+        prompts = self._prompts(model, input_ids, model_kwargs.get("attention_mask"), repeats)
         if self.draft is not None and (input_ids.shape[0] > 1 or generation_config.return_dict_in_generate):
             actual = f"{input_ids.shape[0]} rows, return_dict_in_generate={generation_config.return_dict_in_generate}"
             raise value_error(_OP, "a drafted generation", "one row, and token ids", actual, "leave out draft=")
+        sources = JointSources(prompts, generation_config.max_length - input_ids.shape[1])
         if generation_config.num_beams > 1:
             return search_beams(
-                model, states, self.fuse, input_ids, logits_processor, stopping_criteria, generation_config
+                model, sources, self.fuse, input_ids, logits_processor, stopping_criteria, generation_config
             )
         request_ids = _request_ids(request_ids, input_ids, repeats)
         rest = (input_ids, logits_processor, stopping_criteria, generation_config, streamer, seed, request_ids)
         if self.draft is not None:
-            return speculate(states, self.fuse, self.draft + 1, self.num_draft, *rest)
-        return self._generate(states, *rest)
+            return speculate(prompts, self.fuse, self.draft + 1, self.num_draft, *rest)
+        return self._generate(sources, *rest)
 
-    def start(
-        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, repeats: int = 1
-    ) -> list[SourceState]:
-        """The state of each source before the first token."""
+    def _prompts(
+        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, repeats: int
+    ) -> list[Prompt]:
         sources = [FusionSource(), *self.others]
         names = ["the generating model", *(f"others[{k}]" for k in range(len(self.others)))]
         return [
-            source.start(_OP, name, model, input_ids, attention_mask, repeats)
+            source.prompt(_OP, name, model, input_ids, attention_mask, repeats)
             for name, source in zip(names, sources, strict=True)
         ]
 
     def _generate(
         self,
-        states: list[SourceState],
+        joint: JointSources,
         input_ids: Tensor,
         processors: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
@@ -133,7 +134,7 @@ class FusedGeneration:
         keeps_scores = config.return_dict_in_generate and config.output_scores
         scores: list[Tensor] = []
         for step in count():
-            logits = [state.logits()[:, -1] for state in states]
+            logits = joint.logits()
             draw = {"out": out}
             if config.do_sample:
                 draw |= {"request_ids": request_ids[running], "seed": seed, "step": step}
@@ -156,10 +157,9 @@ class FusedGeneration:
             goes_on = ~stopping_criteria(input_ids, tuple(scores))[running]
             if not goes_on.any():
                 break
-            for state in states:
-                state.append(tokens[:, None])
-                if not goes_on.all():
-                    state.select(goes_on.nonzero()[:, 0])
+            joint.append(tokens[:, None])
+            if not goes_on.all():
+                joint.select(goes_on.nonzero()[:, 0])
             running = running[goes_on]
         if streamer is not None:
             streamer.end()

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
-from moe_kernels.integrations.transformers.source_state import SourceState, check_rows
+from moe_kernels.integrations.transformers.source_state import Prompt, SourceState, check_rows
 from moe_kernels.ops.logit_fusion import fuse_logits, verify_draft
 
 
 def speculate(
-    states: list[SourceState],
+    prompts: list[Prompt],
     fuse: Callable[..., Tensor],
     draft: int,
     num_draft: int,
@@ -28,6 +28,7 @@ def speculate(
     The source ``draft`` reads and draws ``num_draft`` tokens alone; then the others read them at once, and what of them
     stays is decided by :func:`moe_kernels.ops.logit_fusion.verify_draft`. Caches forget the rest.
     """
+    states = [SourceState(prompt) for prompt in prompts]
     length = input_ids.shape[1]
     temperature = (config.temperature or 1.0) if config.do_sample else 0.0
     row = torch.zeros_like(request_ids)

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from moe_kernels._checks import value_error
-from moe_kernels.integrations.transformers.source_state import FusionSource, check_tokenizers
+from moe_kernels.integrations.transformers.source_state import FusionSource, SourceState, check_tokenizers
 
 _OP = "FusionLogitsProcessor"
 
@@ -64,9 +64,9 @@ class FusionLogitsProcessor(LogitsProcessor):
         self.read = input_ids
         return self.fuse(scores, *(state.logits()[:, -1] for state in self.states), out="log_probs")
 
-    def _start(self, k: int, source: FusionSource, input_ids: Tensor):
+    def _start(self, k: int, source: FusionSource, input_ids: Tensor) -> SourceState:
         name, mask = f"others[{k}]", self.attention_mask
         if source.input_ids is None and mask is None:
             # the call's prompt, which may be padded, is checked like a prompt of the source's own
             source = FusionSource(source.model, input_ids)
-        return source.start(_OP, name, source.model, input_ids, mask, repeats=1)
+        return SourceState(source.prompt(_OP, name, source.model, input_ids, mask, repeats=1))

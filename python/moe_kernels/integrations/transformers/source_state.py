@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,10 +27,10 @@ class FusionSource:
     input_ids: Tensor | Literal["last_token"] | None = None
     attention_mask: Tensor | None = None
 
-    def start(
+    def prompt(
         self, op: str, name: str, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None, repeats: int
-    ) -> "SourceState":
-        """The state before the first token.
+    ) -> "Prompt":
+        """What it reads before the first token, a row for each that is generated.
 
         Args:
             op, name: for errors.
@@ -39,26 +39,40 @@ class FusionSource:
         model = model if self.model is None else self.model
         if model.config.is_encoder_decoder:
             raise value_error(op, name, "a decoder-only model", type(model).__name__)
+        if model.device != input_ids.device:
+            raise value_error(op, name, f"on {input_ids.device}, as the prompt", model.device, "move it with .to()")
         if self.input_ids is None:
-            return SourceState(op, name, model, input_ids, attention_mask)
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            if not mask[:, -1].all():
+                raise value_error(op, f"{name}'s attention_mask", "1 at the end of each row", 0, "pad on the left")
+            return Prompt(model, input_ids, mask.long())
         if isinstance(self.input_ids, str):
-            return SourceState(op, name, model, input_ids[:, -1:], None)
+            return Prompt(model, input_ids[:, -1:], torch.ones_like(input_ids[:, -1:]))
         batch_size = input_ids.shape[0] // repeats
         ids, mask = self.input_ids, self.attention_mask
         if ids.dim() != 2 or ids.shape[0] not in (1, batch_size) or ids.shape[1] == 0:
             raise shape_error(op, f"{name}'s input_ids", f"[1 or batch_size={batch_size}, length >= 1]", ids)
         if mask is not None and mask.shape != ids.shape:
             raise shape_error(op, f"{name}'s attention_mask", f"{list(ids.shape)}, as its input_ids", mask)
-        repeats = input_ids.shape[0] // ids.shape[0]
-        ids = ids.to(input_ids.device).repeat_interleave(repeats, 0)
-        mask = None if mask is None else mask.to(input_ids.device).repeat_interleave(repeats, 0)
         pad = model.config.get_text_config().pad_token_id
         if mask is None and pad is not None and (ids[:, 0] == pad).any():
             remedy = "give its attention_mask, be it of ones"
             raise value_error(
                 op, f"{name}'s input_ids", "without padding where no mask is given", "a pad token", remedy
             )
-        return SourceState(op, name, model, ids, mask)
+        if mask is not None and not mask[:, -1].all():
+            raise value_error(op, f"{name}'s attention_mask", "1 at the end of each row", 0, "pad on the left")
+        mask = torch.ones_like(ids) if mask is None else mask.long()
+        repeats = input_ids.shape[0] // ids.shape[0]
+        return Prompt(model, *(each.to(input_ids.device).repeat_interleave(repeats, 0) for each in (ids, mask)))
+
+
+class Prompt(NamedTuple):
+    """A model and what it has to read: ``input_ids``, ``mask`` [num_rows, length] int64, padded on the left."""
+
+    model: PreTrainedModel
+    input_ids: Tensor
+    mask: Tensor
 
 
 class SourceState:
@@ -68,19 +82,14 @@ class SourceState:
         unread: [num_rows, n] the tokens that the next :meth:`logits` reads.
     """
 
-    def __init__(self, op: str, name: str, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None):
-        if model.device != input_ids.device:
-            raise value_error(op, name, f"on {input_ids.device}, as the prompt", model.device, "move it with .to()")
-        self.model, self.unread = model, input_ids
-        self._mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-        if not self._mask[:, -1].all():
-            raise value_error(op, f"{name}'s attention_mask", "1 at the end of each row", 0, "pad on the left")
+    def __init__(self, prompt: Prompt):
+        self.model, self.unread, self._mask = prompt
         self._cache = None
-        parameters = inspect.signature(model.forward).parameters
+        parameters = inspect.signature(self.model.forward).parameters
         # transformers 5.24 renamed it
         self._cache_name = "cache" if "cache" in parameters else "past_key_values"
         if self._cache_name not in parameters:
-            raise value_error(op, name, "a model with a key/value cache", type(model).__name__)
+            raise value_error("FusedGeneration", "models", "with a key/value cache", type(self.model).__name__)
         self._takes_positions = "position_ids" in parameters
         self._chooses_logits = "logits_to_keep" in parameters
 
