@@ -34,12 +34,12 @@ def threshold(z: Tensor, numbers: list[float]) -> Tensor:
     return torch.minimum(bound, ranked[:, at_least - 1 : at_least])
 
 
-def uniforms(request_ids: Tensor, seed: int, step: int, draw: int = TOKEN_DRAW) -> Tensor:
-    """[num_rows] float64 in [0, 1): 53 bits of Philox at (request, step, draw) under the seed."""
+def uniforms(request_ids: Tensor, seed: int, step: int | Tensor, draw: int = TOKEN_DRAW) -> Tensor:
+    """Float64 in [0, 1), of the shape of ``request_ids``: 53 bits of Philox at (request, step, draw) under the seed."""
     counter = (
         request_ids & 0xFFFFFFFF,
         (request_ids >> 32) & 0xFFFFFFFF,
-        torch.full_like(request_ids, step),
+        torch.zeros_like(request_ids) + step,
         torch.full_like(request_ids, draw),
     )
     first, second, _, _ = philox(counter, seed, DRAW_KEY)
@@ -206,11 +206,16 @@ def verify(target: Tensor, draft: Tensor, tokens: Tensor, accept: Tensor, resamp
     at, rows = num_accepted, torch.arange(tokens.shape[0], device=tokens.device)
     last = at.clamp(max=num_draft - 1)
     is_drafted = (at < num_draft) & (tokens[rows, last] >= 0)
-    q = target[rows, at].double()
-    left = (q - draft[rows, last].double().masked_fill(~is_drafted[:, None], 0)).clamp(min=0)
+    q = target[rows, at]
+    left = (q - draft[rows, last].masked_fill_(~is_drafted[:, None], 0)).clamp_(min=0)
     # equal but for rounding: a token went although nothing is left beside the draft
     left = torch.where((left > 0).any(1, keepdim=True), left, q)
-    return num_accepted, sample(left.log(), resample[rows, at])
+    cumulative = left.cumsum(1, dtype=torch.float64)
+    total = cumulative[:, -1:].contiguous()
+    token = torch.searchsorted(cumulative, resample[rows, at][:, None] * total, right=True)
+    # rounding must not run past the last token that can be drawn
+    token = torch.minimum(token, torch.searchsorted(cumulative, total))
+    return num_accepted, torch.where((total > 0) & total.isfinite(), token, -1).squeeze(1)
 
 
 #: of solve_tilt, by position in TARGETS of tilt.py

@@ -122,9 +122,10 @@ def verify_draft(
     check_same_device(
         op, target_probs=target_probs, draft_probs=draft_probs, draft_tokens=draft_tokens, request_ids=request_ids
     )
+    steps = step + torch.arange(num_draft + 1, device=request_ids.device)
+    requests = request_ids[:, None].expand(-1, num_draft + 1)
     accept, resample = (
-        torch.stack([reference.uniforms(request_ids, seed, step + t, draw) for t in range(num_draft + 1)], 1)
-        for draw in (reference.ACCEPT_DRAW, reference.RESAMPLE_DRAW)
+        reference.uniforms(requests, seed, steps, draw) for draw in (reference.ACCEPT_DRAW, reference.RESAMPLE_DRAW)
     )
     return Verified(*reference.verify(target_probs, draft_probs, draft_tokens, accept[:, :num_draft], resample))
 
