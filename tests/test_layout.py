@@ -35,7 +35,7 @@ WITHOUT_KERNELS = {"quantize"}
 WITHOUT_GRADIENTS = {"merge", "task_vector"}
 #: files of a room that hold more of its public functions: they may import what api may, and api
 PUBLIC_FILES = {
-    "logit_fusion": {"presets", "tilt"},
+    "logit_fusion": {"features", "heads", "presets", "tilt", "verify"},
     "route": {"capacity", "expert_choice", "forced", "logits", "losses", "random", "top_p", "two_level"},
     "routed_lora": {"serving"},
     "task_vector": {"compress", "patch"},

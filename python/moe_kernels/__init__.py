@@ -35,7 +35,15 @@ from moe_kernels.activation import Activation  # noqa: E402
 from moe_kernels.memory import empty_cache  # noqa: E402
 from moe_kernels.ops.expert_ffn import expert_ffn  # noqa: E402
 from moe_kernels.ops.grouped_gemm import PrepackedWeights, grouped_gemm, prepack  # noqa: E402
-from moe_kernels.ops.logit_fusion import TokenFilter, fuse_logits, solve_tilt, tilt_stats  # noqa: E402
+from moe_kernels.ops.logit_fusion import (  # noqa: E402
+    TokenFilter,
+    fuse_features,
+    fuse_heads,
+    fuse_logits,
+    fused_verify,
+    solve_tilt,
+    tilt_stats,
+)
 from moe_kernels.ops.merge import merge, merge_tensors  # noqa: E402
 from moe_kernels.ops.permute import DispatchPlan, permute, plan_dispatch, unpermute  # noqa: E402
 from moe_kernels.ops.quantize import (  # noqa: E402
@@ -118,7 +126,10 @@ __all__ = [
     "expert_capacity",
     "expert_counts",
     "expert_ffn",
+    "fuse_features",
+    "fuse_heads",
     "fuse_logits",
+    "fused_verify",
     "solve_tilt",
     "tilt_stats",
     "grouped_gemm",

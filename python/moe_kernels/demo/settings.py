@@ -112,6 +112,30 @@ class TaskVectorSettings:
 
 
 @dataclass(frozen=True)
+class LogitSettings:
+    """``demo logits``. ``num_prompts`` of each kind at most; ``scales`` of the tuned small model's change."""
+
+    num_prompts: int = 6
+    strength: float = 1.0
+    scale: float = 1.5
+    answer_tokens: int = 6
+    new_tokens: int = 24
+    num_beams: int = 4
+    beam_tokens: int = 10
+    hidden_size: int = 96
+    base_steps: int = 50
+    tuning_steps: int = 50
+    batch_size: int = 8
+    window_size: int = 64
+    learning_rate: float = 2e-3
+    scales: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 1.0)
+    evaluation_windows: int = 4
+    evaluation_size: int = 128
+    num_draft: int = 3
+    prompt: str = "Help on module calendar:\n\nNAME\n    calendar"
+
+
+@dataclass(frozen=True)
 class QuantizeSettings:
     """``demo quantize``. ``windows`` to fit the routers on, which all experts being active do not need, and to read."""
 
@@ -132,6 +156,7 @@ class Settings:
     quantize: QuantizeSettings = QuantizeSettings()
     lora: LoraSettings = LoraSettings()
     taskvector: TaskVectorSettings = TaskVectorSettings()
+    logits: LogitSettings = LogitSettings()
     seed: int = 0
 
 
@@ -154,6 +179,15 @@ def quick(seed: int) -> Settings:
         LoraSettings(window_size=48, batch_size=1, num_steps=3, evaluation_windows=1, repeats=1, new_tokens=4),
         TaskVectorSettings(
             (0.05, 0.2), (1.0, 2.0), window_size=48, batch_size=1, num_steps=2, evaluation_windows=1, repeats=1
+        ),
+        LogitSettings(
+            num_prompts=1,
+            new_tokens=6,
+            beam_tokens=4,
+            base_steps=2,
+            tuning_steps=2,
+            scales=(0.3,),
+            evaluation_windows=1,
         ),
         seed,
     )

@@ -5,6 +5,7 @@ from moe_kernels.nn.attention import MoEAttention
 from moe_kernels.nn.cosine_router import CosineRouter
 from moe_kernels.nn.dmoerm import DMoERewardModel
 from moe_kernels.nn.expert_switcher import ExpertSwitcher
+from moe_kernels.nn.feature_aggregator import FeatureAggregator
 from moe_kernels.nn.feed_forward import MoEFeedForward, Routed
 from moe_kernels.nn.logit_fusion import LogitFusion
 from moe_kernels.nn.merge_lora import LayerMap, merge_lora
@@ -37,6 +38,7 @@ __all__ = [
     "CosineRouter",
     "DMoERewardModel",
     "ExpertSwitcher",
+    "FeatureAggregator",
     "LayerMap",
     "LoRAMoERouter",
     "MixLoRAFeedForward",

@@ -14,6 +14,11 @@ or, for a model that is there already, and for the mixture-of-experts models tha
 Expert parallelism of transformers works with it (``DistributedConfig(ep_size=...)``), and has a way of its own to bring
 tokens to their experts, ``ep_implementation="moe_kernels"``: see :mod:`.expert_parallel`.
 
+Generation from the fused logits of several models or prompts::
+
+    from moe_kernels.integrations.transformers import fusions
+    model.generate(**inputs, custom_generate=fusions.guidance(1.5, negative_ids), num_beams=4)
+
 It also registers the classes of models whose layers ``moe_kernels.nn.split_dense`` has split, so that
 ``AutoModelForCausalLM.from_pretrained`` loads them.
 """
@@ -32,9 +37,13 @@ except ImportError as error:
         f"FP8ExpertsInterface, got {error}; run: pip install 'transformers>=5.23'"
     ) from error
 
+from moe_kernels.integrations.transformers import fusions
 from moe_kernels.integrations.transformers.experts import experts_forward, fp8_experts_forward
+from moe_kernels.integrations.transformers.fused_generation import FusedGeneration
+from moe_kernels.integrations.transformers.fusion_processor import FusionLogitsProcessor
 from moe_kernels.integrations.transformers.quantize import quantize_experts
 from moe_kernels.integrations.transformers.replace import IMPLEMENTATION, ReplacementReport, replace_modules
+from moe_kernels.integrations.transformers.source_state import FusionSource, check_tokenizers
 from moe_kernels.nn.split_models import split_classes
 
 ExpertsInterface.register(IMPLEMENTATION, experts_forward)
@@ -50,9 +59,14 @@ for split_class in split_classes().values():
 
 __all__ = [
     "IMPLEMENTATION",
+    "FusedGeneration",
+    "FusionLogitsProcessor",
+    "FusionSource",
     "ReplacementReport",
+    "check_tokenizers",
     "experts_forward",
     "fp8_experts_forward",
+    "fusions",
     "quantize_experts",
     "replace_modules",
 ]

@@ -105,8 +105,9 @@ def fuse_logits(
     """
     sources = [sources] if isinstance(sources, Tensor) else list(sources)
     num_rows, num_sources = _check_sources("fuse_logits", sources, rows)
-    weights = _weights("fuse_logits", weights, num_rows, num_sources, sources[0])
-    vocab_size = _vocab("fuse_logits", vocab, sources)
+    weights = check_weights("fuse_logits", weights, num_rows, num_sources, sources[0])
+    named = {f"sources[{k}]": source for k, source in enumerate(sources)}
+    vocab_size = check_vocab("fuse_logits", vocab, named)
     for name, value, choices in (("mode", mode, MODES), ("neg_inf", neg_inf, NEG_INF), ("out", out, OUTS)):
         if value not in choices:
             raise value_error("fuse_logits", name, f"one of {', '.join(choices)}", repr(value))
@@ -127,17 +128,11 @@ def fuse_logits(
             raise value_error("fuse_logits", "temperature", expected, temperature)
         temperature = weights.new_full((num_rows,), float(temperature))
     if out == "sample":
-        _check_draw("fuse_logits", request_ids, num_rows, seed, step)
+        check_draw("fuse_logits", request_ids, num_rows, seed, step)
     else:
         request_ids, seed, step = None, 0, 0
-    check_same_device(
-        "fuse_logits",
-        **{f"sources[{k}]": source for k, source in enumerate(sources)},
-        weights=weights,
-        rows=rows,
-        temperature=temperature,
-        request_ids=request_ids,
-    )
+    rest = {"weights": weights, "rows": rows, "temperature": temperature, "request_ids": request_ids}
+    check_same_device("fuse_logits", **named, **rest)
     filters = [[] if one is None else one.numbers for one in (mask, floor, keep)]
     draw = (request_ids, seed, step)
     if resolve("fuse_logits", backend, sources[0].device.type) == "reference":
@@ -177,7 +172,9 @@ def _check_sources(op: str, sources: list[Tensor], rows: Tensor | None) -> tuple
     return rows.shape[0], rows.shape[1]
 
 
-def _weights(op: str, weights: Sequence[float] | Tensor, num_rows: int, num_sources: int, source: Tensor) -> Tensor:
+def check_weights(
+    op: str, weights: Sequence[float] | Tensor, num_rows: int, num_sources: int, source: Tensor
+) -> Tensor:
     if not isinstance(weights, Tensor):
         dtype = torch.float64 if source.dtype == torch.float64 else torch.float32
         if any(isinstance(weight, Tensor) for weight in weights):  # stacked: a gradient goes through
@@ -192,23 +189,23 @@ def _weights(op: str, weights: Sequence[float] | Tensor, num_rows: int, num_sour
     return weights.expand(num_rows, num_sources)
 
 
-def _vocab(op: str, vocab: int | None, sources: list[Tensor]) -> int:
-    sizes = [source.shape[1] for source in sources]
+def check_vocab(op: str, vocab: int | None, named: dict[str, Tensor]) -> int:
+    """How many tokens take part. ``named``: argument -> its logits."""
+    sizes = [source.shape[1] for source in named.values()]
     smallest, largest = min(sizes), max(sizes)
+    name = list(named)[sizes.index(smallest)]
     if vocab is None:
         if largest - smallest > MAX_VOCAB_GAP:
-            k = sizes.index(smallest)
             expected = f"at most {MAX_VOCAB_GAP} tokens short of the largest vocabulary, {largest}"
             remedy = "check that the tokenizers are the same and give vocab=, the number of tokens they share"
-            raise value_error(op, f"sources[{k}]", expected, smallest, remedy)
+            raise value_error(op, name, expected, smallest, remedy)
         return smallest
     if not 1 <= vocab <= smallest:
-        k = sizes.index(smallest)
-        raise value_error(op, "vocab", f"in [1, {smallest}], the vocabulary of sources[{k}]", vocab)
+        raise value_error(op, "vocab", f"in [1, {smallest}], the vocabulary of {name}", vocab)
     return vocab
 
 
-def _check_draw(op: str, request_ids: Tensor | None, num_rows: int, seed: int | None, step: int) -> None:
+def check_draw(op: str, request_ids: Tensor | None, num_rows: int, seed: int | None, step: int) -> None:
     if request_ids is None or seed is None:
         missing = "request_ids" if request_ids is None else "seed"
         raise value_error(op, missing, "given for out='sample'", None, "a draw is keyed by seed, request and step")

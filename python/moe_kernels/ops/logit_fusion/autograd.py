@@ -1,4 +1,4 @@
-"""Gradients of fused logits, log-probabilities and probabilities."""
+"""Gradients of fused logits, log-probabilities and probabilities, and of fused features."""
 
 import torch
 from torch import Tensor
@@ -54,3 +54,32 @@ class FuseLogits(torch.autograd.Function):
             grad, fused, sources, weights, temperature, source_stats, *ctx.arguments
         )
         return grad_weights, grad_temperature, *(None,) * 8, *grad_sources
+
+
+class FuseFeatures(torch.autograd.Function):
+    """Saves the features and the softmax of the map; :func:`moe_kernels.fuse_features` has the equations."""
+
+    @staticmethod
+    def forward(ctx, map_logits: Tensor, *features: Tensor) -> Tensor:
+        acc = torch.float64 if features[0].dtype == torch.float64 else torch.float32
+        shares = map_logits.to(acc).softmax(1)
+        fused = shares[:, :1] * features[0]
+        for k, feature in enumerate(features[1:], 1):
+            fused.addcmul_(shares[:, k : k + 1], feature.to(acc))
+        ctx.save_for_backward(shares, *features)
+        ctx.map_dtype = map_logits.dtype
+        return fused.to(features[0].dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        shares, *features = ctx.saved_tensors
+        needs_map, *needs_features = ctx.needs_input_grad
+        grads = [
+            (shares[:, k : k + 1] * grad).to(grad.dtype) if needed else None for k, needed in enumerate(needs_features)
+        ]
+        if not needs_map:
+            return None, *grads
+        agreement = torch.stack([(feature.to(shares.dtype) * grad).sum(1) for feature in features], 1)
+        grad_map = shares * (agreement - (shares * agreement).sum(1, keepdim=True))
+        return grad_map.to(ctx.map_dtype), *grads

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe_kernels._checks import value_error
+from moe_kernels._checks import check_tensor, dtype_error, shape_error, value_error
 from moe_kernels.ops.logit_fusion.api import fuse_logits
 from moe_kernels.ops.logit_fusion.token_filter import TokenFilter
 
@@ -126,11 +126,23 @@ def composition_of_experts(sources: Sequence[Tensor], experts: Tensor, **options
 
     Args:
         sources: K tensors [num_rows, vocab].
-        experts: [num_rows] int64, in [0, K).
+        experts: [num_rows] int64, in [0, K). On the CPU another number is an error; elsewhere, where to look would make
+            the device wait, it breaks its row (NaN, -1 for a token).
 
     Source: Composition of Experts, arXiv 2412.01868.
     """
-    weights = torch.nn.functional.one_hot(experts, len(sources)).to(torch.float32)
+    op = "composition_of_experts"
+    check_tensor(op, "experts", experts)
+    if experts.dtype != torch.int64:
+        raise dtype_error(op, "experts", torch.int64, experts)
+    if not sources or experts.shape != sources[0].shape[:1]:
+        expected = f"[num_rows={sources[0].shape[0]}]" if sources else "[0], as there are no sources"
+        raise shape_error(op, "experts", expected, experts)
+    outside = (experts < 0) | (experts >= len(sources))
+    if experts.device.type == "cpu" and outside.any():
+        raise value_error(op, "experts", f"in [0, {len(sources)}), the sources", experts[outside][0].item())
+    weights = (experts[:, None] == torch.arange(len(sources), device=experts.device)).to(torch.float32)
+    weights = weights.masked_fill(outside[:, None], math.nan)
     return fuse_logits(sources, weights, **options)
 
 

@@ -9,6 +9,8 @@ from moe_kernels.ops.route.reference import philox
 
 #: second half of the generator's key: draws of this room are never those of routing under the same seed and step
 DRAW_KEY = 0x6C6F6769
+#: draws at one seed, request and step: of tokens, and of a draft's verification
+TOKEN_DRAW, ACCEPT_DRAW, RESAMPLE_DRAW = range(3)
 
 
 def threshold(z: Tensor, numbers: list[float]) -> Tensor:
@@ -32,12 +34,12 @@ def threshold(z: Tensor, numbers: list[float]) -> Tensor:
     return torch.minimum(bound, ranked[:, at_least - 1 : at_least])
 
 
-def uniforms(request_ids: Tensor, seed: int, step: int, draw: int = 0) -> Tensor:
-    """[num_rows] float64 in [0, 1): 53 bits of Philox at (request, step, draw) under the seed."""
+def uniforms(request_ids: Tensor, seed: int, step: int | Tensor, draw: int = TOKEN_DRAW) -> Tensor:
+    """Float64 in [0, 1), of the shape of ``request_ids``: 53 bits of Philox at (request, step, draw) under the seed."""
     counter = (
         request_ids & 0xFFFFFFFF,
         (request_ids >> 32) & 0xFFFFFFFF,
-        torch.full_like(request_ids, step),
+        torch.zeros_like(request_ids) + step,
         torch.full_like(request_ids, draw),
     )
     first, second, _, _ = philox(counter, seed, DRAW_KEY)
@@ -179,6 +181,41 @@ def fuse_logits(
         drawn = sample(z, uniforms(request_ids, seed, step))
         greedy = torch.where(temperature == 0, greedy, drawn)
     return greedy.masked_fill(unusable, -1)
+
+
+def fuse_features(features: list[Tensor], map_logits: Tensor) -> Tensor:
+    """[batch_size, channels, *places]: of the stacked features, the sum over models weighed by a softmax."""
+    acc = torch.float64 if features[0].dtype == torch.float64 else torch.float32
+    shares = map_logits.to(acc).softmax(1)
+    return (torch.stack(features, 1).to(acc) * shares[:, :, None]).sum(1).to(features[0].dtype)
+
+
+def verify(target: Tensor, draft: Tensor, tokens: Tensor, accept: Tensor, resample: Tensor) -> tuple[Tensor, Tensor]:
+    """(how many drafted tokens stay, the token after them), each [num_rows] int64.
+
+    target, draft: probabilities [num_rows, num_draft + 1 and num_draft, vocab]; accept, resample: uniforms of as many.
+    """
+    num_draft, vocab_size = tokens.shape[1], target.shape[2]
+    known = (tokens >= 0) & (tokens < vocab_size)
+    index = tokens.masked_fill(~known, 0)[:, :, None]
+    of_target, of_draft = (
+        probs[:, :num_draft].gather(2, index).squeeze(2).double().masked_fill(~known, 0) for probs in (target, draft)
+    )
+    stays = accept * of_draft < of_target  # not where the target is zero, or NaN
+    num_accepted = stays.long().cumprod(1).sum(1)
+    at, rows = num_accepted, torch.arange(tokens.shape[0], device=tokens.device)
+    last = at.clamp(max=num_draft - 1)
+    is_drafted = (at < num_draft) & (tokens[rows, last] >= 0)
+    q = target[rows, at]
+    left = (q - draft[rows, last].masked_fill_(~is_drafted[:, None], 0)).clamp_(min=0)
+    # equal but for rounding: a token went although nothing is left beside the draft
+    left = torch.where((left > 0).any(1, keepdim=True), left, q)
+    cumulative = left.cumsum(1, dtype=torch.float64)
+    total = cumulative[:, -1:].contiguous()
+    token = torch.searchsorted(cumulative, resample[rows, at][:, None] * total, right=True)
+    # rounding must not run past the last token that can be drawn
+    token = torch.minimum(token, torch.searchsorted(cumulative, total))
+    return num_accepted, torch.where((total > 0) & total.isfinite(), token, -1).squeeze(1)
 
 
 #: of solve_tilt, by position in TARGETS of tilt.py

@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_kernels._checks import check_same_device, check_tensor, dtype_error, shape_error, value_error
 from moe_kernels._dispatch import Backend, resolve
 from moe_kernels.ops.logit_fusion import native, reference
-from moe_kernels.ops.logit_fusion.api import MAX_VOCAB_GAP, fuse_logits
+from moe_kernels.ops.logit_fusion.api import check_vocab, fuse_logits
 
 #: position in these tuples is the code that the kernels take (csrc/ops/logit_fusion/tilt.h)
 TARGETS = ("kl", "reverse_kl", "jeffreys", "symmetry", "match")
@@ -45,7 +45,12 @@ class TiltSolution(NamedTuple):
 
 
 def tilt_stats(
-    base: Tensor, direction: Direction, alpha: Tensor | Sequence[float], *, backend: Backend = "auto"
+    base: Tensor,
+    direction: Direction,
+    alpha: Tensor | Sequence[float],
+    *,
+    vocab: int | None = None,
+    backend: Backend = "auto",
 ) -> TiltStats:
     """Three sums over the exponential tilt of a distribution, on which every divergence along it depends.
 
@@ -62,12 +67,13 @@ def tilt_stats(
         direction: a tensor like ``base``, or (tuned, untuned), which means their difference without making it.
             Vocabularies may differ by the padding of one tokenizer; the tokens they share take part.
         alpha: [num_alphas] for every row, or [num_rows, num_alphas].
+        vocab: how many tokens take part, the first ones, as in :func:`moe_kernels.fuse_logits`.
         backend: see :mod:`moe_kernels`.
 
     Returns:
         float64. Not differentiable.
     """
-    sources = _sources("tilt_stats", base, direction)
+    sources = _sources("tilt_stats", base, direction, vocab)
     alpha = torch.as_tensor(alpha, dtype=torch.float64, device=base.device)
     if alpha.dim() not in (1, 2) or (alpha.dim() == 2 and alpha.shape[0] != base.shape[0]):
         raise shape_error("tilt_stats", "alpha", f"[num_alphas] or [num_rows={base.shape[0]}, num_alphas]", alpha)
@@ -84,6 +90,7 @@ def solve_tilt(
     *,
     bounds: tuple[float, float] = (0.0, 2.0),
     grid: int | None = None,
+    vocab: int | None = None,
     backend: Backend = "auto",
 ) -> TiltSolution:
     """How far to tilt each row: the alpha at which a divergence takes a given value.
@@ -109,6 +116,7 @@ def solve_tilt(
         bounds: alpha stays within; not below 0, "symmetry" excepted.
         grid: for "match": the first of ``grid`` evenly spaced points, bounds included, whose misfit is the smallest,
             as the method's authors search. 2 exponentials a token, however many points.
+        vocab: as for :func:`tilt_stats`.
         backend: see :mod:`moe_kernels`.
 
     Returns:
@@ -116,7 +124,7 @@ def solve_tilt(
 
     Source: Fan et al., "On Giant's Shoulders: Effortless Weak to Strong by Dynamic Logits Fusion", arXiv 2406.15480.
     """
-    sources = _sources("solve_tilt", base, direction)
+    sources = _sources("solve_tilt", base, direction, vocab)
     if target not in TARGETS:
         raise value_error("solve_tilt", "target", f"one of {', '.join(TARGETS)}", repr(target))
     low, high = (float(bound) for bound in bounds)
@@ -134,6 +142,28 @@ def solve_tilt(
     return TiltSolution(*op.solve_tilt(sources, torch.stack(columns, 1), TARGETS.index(target), low, high, grid or 0))
 
 
+def dynamic_solution(
+    base: Tensor,
+    pairs: Sequence[tuple[Tensor, Tensor]],
+    *,
+    expert: int = 0,
+    bounds: tuple[float, float] = (0.0, 2.0),
+    grid: int | None = None,
+    vocab: int | None = None,
+    backend: Backend = "auto",
+) -> TiltSolution:
+    """The weight of each row in :func:`dynamic_fusion`, which has the arguments."""
+    if not 0 <= expert < len(pairs):
+        raise value_error("dynamic_fusion", "expert", f"in [0, {len(pairs)}), the number of pairs", expert)
+    kl, reverse = [], []
+    for tuned, untuned in pairs:
+        stats = tilt_stats(untuned, (tuned, untuned), [0.0, 1.0], vocab=vocab, backend=backend)
+        kl.append(stats.mean[:, 1] - stats.log_partition[:, 1])
+        reverse.append(stats.log_partition[:, 1] - stats.mean[:, 0])
+    values = (torch.stack(kl).mean(0), torch.stack(reverse).mean(0))
+    return solve_tilt(base, pairs[expert], "match", values, bounds=bounds, grid=grid, vocab=vocab, backend=backend)
+
+
 def dynamic_fusion(
     base: Tensor,
     pairs: Sequence[tuple[Tensor, Tensor]],
@@ -141,6 +171,7 @@ def dynamic_fusion(
     expert: int = 0,
     bounds: tuple[float, float] = (0.0, 2.0),
     grid: int | None = None,
+    vocab: int | None = None,
     backend: Backend = "auto",
     **options,
 ) -> Tensor:
@@ -154,23 +185,15 @@ def dynamic_fusion(
         base: the large model's logits [num_rows, vocab].
         pairs: (tuned, untuned) logits of each small model.
         expert: whose pair is added.
-        bounds, grid: as for :func:`solve_tilt`; the authors' search is ``grid=21``.
+        bounds, grid, vocab: as for :func:`solve_tilt`; the authors' search is ``grid=21``.
         options: of :func:`fuse_logits`.
 
     Source: Dynamic Logits Fusion, arXiv 2406.15480.
     """
-    if not 0 <= expert < len(pairs):
-        raise value_error("dynamic_fusion", "expert", f"in [0, {len(pairs)}), the number of pairs", expert)
-    kl, reverse = [], []
-    for tuned, untuned in pairs:
-        stats = tilt_stats(untuned, (tuned, untuned), [0.0, 1.0], backend=backend)
-        kl.append(stats.mean[:, 1] - stats.log_partition[:, 1])
-        reverse.append(stats.log_partition[:, 1] - stats.mean[:, 0])
-    values = (torch.stack(kl).mean(0), torch.stack(reverse).mean(0))
-    direction = pairs[expert]
-    alpha = solve_tilt(base, direction, "match", values, bounds=bounds, grid=grid, backend=backend).alpha
+    tilt = {"vocab": vocab, "backend": backend}
+    alpha = _read(dynamic_solution(base, pairs, expert=expert, bounds=bounds, grid=grid, **tilt).alpha)
     weights = torch.stack([torch.ones_like(alpha), alpha, -alpha], 1)
-    return fuse_logits([base, *direction], weights, backend=backend, **options)
+    return fuse_logits([base, *pairs[expert]], weights, **tilt, **options)
 
 
 def copyright_protecting_fusion(
@@ -179,6 +202,7 @@ def copyright_protecting_fusion(
     *,
     first_path: float | Tensor = 0.0,
     second_path: float | Tensor = 0.0,
+    vocab: int | None = None,
     backend: Backend = "auto",
     **options,
 ) -> Tensor:
@@ -191,17 +215,24 @@ def copyright_protecting_fusion(
     Args:
         first, second: logits [num_rows, vocab].
         first_path, second_path: numbers or [num_rows].
+        vocab: as for :func:`tilt_stats`.
         options: of :func:`fuse_logits`.
 
     Source: CP-Fuse, arXiv 2407.20105.
     """
     offset = torch.as_tensor(first_path, dtype=torch.float64) - torch.as_tensor(second_path, dtype=torch.float64)
-    solution = solve_tilt(first, (second, first), "symmetry", offset, bounds=(0.0, 1.0), backend=backend)
-    weights = torch.stack([1 - solution.alpha, solution.alpha], 1)
-    return fuse_logits([first, second], weights, backend=backend, **options)
+    tilt = {"vocab": vocab, "backend": backend}
+    alpha = solve_tilt(first, (second, first), "symmetry", offset, bounds=(0.0, 1.0), **tilt).alpha
+    weights = torch.stack([_read(1 - alpha), _read(alpha)], 1)
+    return fuse_logits([first, second], weights, **tilt, **options)
 
 
-def _sources(op: str, base: Tensor, direction: Direction) -> list[Tensor]:
+def _read(weight: Tensor) -> Tensor:
+    """Zero made the smallest weight: it adds nothing, but its source is read, and masks what it gives no chance."""
+    return weight.clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def _sources(op: str, base: Tensor, direction: Direction, vocab: int | None) -> list[Tensor]:
     named = {"base": base}
     if isinstance(direction, tuple):
         if len(direction) != 2:
@@ -209,20 +240,15 @@ def _sources(op: str, base: Tensor, direction: Direction) -> list[Tensor]:
         named |= {"direction[0]": direction[0], "direction[1]": direction[1]}
     else:
         named["direction"] = direction
-    largest = 0
     for name, source in named.items():
         check_tensor(op, name, source)
         if source.dim() != 2 or source.shape[1] == 0 or source.shape[0] != base.shape[0]:
             raise shape_error(op, name, f"[num_rows={base.shape[0]}, vocab_size >= 1]", source)
         if not source.is_floating_point() or (source.dtype == torch.float64) != (base.dtype == torch.float64):
             raise dtype_error(op, name, "a float, and float64 like all others or none", source)
-        largest = max(largest, source.shape[1])
-    for name, source in named.items():
-        if largest - source.shape[1] > MAX_VOCAB_GAP:
-            expected = f"at most {MAX_VOCAB_GAP} tokens short of the largest vocabulary, {largest}"
-            raise value_error(op, name, expected, source.shape[1], "check that the tokenizers are the same")
+    vocab = check_vocab(op, vocab, named)
     check_same_device(op, **named)
-    return [source.detach() for source in named.values()]
+    return [source.detach()[:, :vocab] for source in named.values()]
 
 
 def _value(value: float | Tensor, base: Tensor) -> Tensor:
