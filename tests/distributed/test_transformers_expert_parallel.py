@@ -79,9 +79,10 @@ def test_our_style_on_their_experts(ranks, folder, name, chunk_tokens):
     check(folder(name), LAYOUTS["fsdp"], results, train=True)
 
 
-def test_our_style_with_their_implementation(ranks, folder):
+@pytest.mark.parametrize("experts", ["eager", "batched_mm", "grouped_mm"])
+def test_our_style_with_their_implementations(ranks, folder, experts):
     path = folder("Qwen3MoeForCausalLM")
-    check(path, LAYOUTS["fsdp"], ranks.run(shard_and_step, path, None, "eager"), train=True)
+    check(path, LAYOUTS["fsdp"], ranks.run(shard_and_step, path, None, experts), train=True)
 
 
 @pytest.fixture(scope="module")
