@@ -130,6 +130,7 @@ TRITON_KERNELS = {
     "apply_ternary_undoable": {"_count_kernel": 0, "_apply_undoable_kernel": 2},
     "collect_kept": {"_collect_kernel": 0},
     "unapply_ternary": {"_unapply_kernel": 2},
+    "merge": {"_merge_kernel": 0},  # 64 bits of bfloat16: with more of them a quarter of the occupancy
     "route": {"_route_kernel": 0},
     "route of groups": {"_route_kernel": 0},
     "route_weights": {"_route_weights_kernel": 0},
@@ -139,6 +140,8 @@ TRITON_KERNELS = {
 
 def _triton_launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """The rooms' own launches in a layer of Qwen3-30B-A3B (groups: DeepSeek-V3), by name in TRITON_KERNELS."""
+    from moe_kernels.ops.merge import recipe
+    from moe_kernels.ops.merge import triton as merge
     from moe_kernels.ops.permute import triton as permute
     from moe_kernels.ops.route import triton as route
     from moe_kernels.ops.task_vector import triton as task_vector
@@ -162,6 +165,7 @@ def _triton_launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "apply_ternary_undoable": lambda: task_vector.apply_ternary_undoable(weight, [planes], [1.0]),
         "collect_kept": lambda: task_vector._collect_kernel[(2,)](weight, undo[0], undo[3], undo[2], BLOCK=128),
         "unapply_ternary": lambda: task_vector.unapply_ternary(weight, [planes], [1.0], *undo),
+        "merge": lambda: merge.merge(weight, [weight] * 8, recipe.Recipe([recipe.Source()] * 8, "sign_of_sum")),
         "route": lambda: route.route(logits.to(dtype), None, 8, 0, True, 1.0, 1, 1, 0, 0),
         "route of groups": lambda: route.route(
             torch.zeros(16, 256, dtype=dtype), torch.zeros(256), 8, route.SIGMOID, True, 2.5, 8, 4, route.TOP2_SUM, 0

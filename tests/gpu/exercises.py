@@ -12,6 +12,7 @@ from moe_kernels import (
     apply_,
     expert_ffn,
     grouped_gemm,
+    merge,
     permute,
     plan_dispatch,
     route,
@@ -112,8 +113,30 @@ def exercise_expert_ffn(backend: str) -> None:
     check(op, [x, topk_weights, gate_up, down, gate_up_bias, down_bias], backend)
 
 
+def exercise_merge(backend: str) -> None:
+    size = 1100
+    base, *experts = ((torch.randn(size) * 2**8).round() / 2**12 for _ in range(4))
+    experts[1][:50], experts[2][:50] = 2 * base[:50] - experts[0][:50], base[:50]  # sums of zero
+    delta = TernaryDelta.from_signs(torch.randn(size), 0.01)
+    for options in (
+        dict(method="ties", density=0.4),
+        dict(method="ties", semantics="peft", density=0.4, weights=[1.0, 0.5, 2.0]),
+        dict(method="dare_linear", semantics="peft", density=0.3, lambda_=0.7, weights=[0.1, 0.7, 0.3]),
+        dict(method="breadcrumbs", semantics="mergekit", density=0.4, gamma=0.2),
+    ):
+        found, expected = (merge(base, experts, **options, backend=name) for name in (backend, "reference"))
+        assert torch.equal(found, expected), options["method"]
+    options = dict(method="task_arithmetic", semantics="peft", weights=[0.5, 0.3])
+    found, expected = (merge(base, [delta, experts[0]], **options, backend=name) for name in (backend, "reference"))
+    assert torch.equal(found, expected), "task vectors"
+
+
 #: rooms that have Triton kernels alone
-TRITON_EXERCISES = {"grouped_gemm": exercise_grouped_gemm, "expert_ffn": exercise_expert_ffn}
+TRITON_EXERCISES = {
+    "grouped_gemm": exercise_grouped_gemm,
+    "expert_ffn": exercise_expert_ffn,
+    "merge": exercise_merge,
+}
 EXERCISES: dict[str, Callable[[str], None]] = {
     "one tile": lambda backend: exercise_plan(backend, 500, 9, 4),
     "two passes": lambda backend: exercise_plan(backend, 40, 2600, 3),

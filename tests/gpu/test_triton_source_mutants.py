@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501
 import importlib.util
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,13 @@ if triton_on_ptx.missing_reason() is not None:
 
 import moe_kernels.ops.expert_ffn
 import moe_kernels.ops.grouped_gemm
+import moe_kernels.ops.merge
 import moe_kernels.ops.permute
 import moe_kernels.ops.route
 
 from .exercises import report_of
 
-ROOMS = {name: getattr(moe_kernels.ops, name) for name in ("permute", "route", "grouped_gemm", "expert_ffn")}
+ROOMS = {name: getattr(moe_kernels.ops, name) for name in ("permute", "route", "grouped_gemm", "expert_ffn", "merge")}
 
 #: exercise, what is changed, what is taken out, what comes in; the first place that has it
 MUTANTS = [
@@ -66,6 +68,16 @@ MUTANTS = [
     ("expert_ffn", "one part of a weight's gradient", "mask=owned & (parts < num_parts)", "mask=owned & (parts < 1)"),
     ("expert_ffn", "no bias in a weight's gradient", "HAS_BIAS=down_bias is not None, ACC", "HAS_BIAS=False, ACC"),
     ("expert_ffn", "skipped tokens read", "x_inside = (sources >= 0) & (sources < num_tokens)", "x_inside = sources < num_tokens"),
+    ("merge", "a product that is not rounded", "enable_fp_fusion=False", "enable_fp_fusion=True"),
+    ("merge", "a quotient that is not the nearest", "return tl.div_rn(a, b)", "return a * (1.0 / b)"),
+    ("merge", "words of four elements in another order", "tl.join(tl.join(a, c), tl.join(b, d))", "tl.join(tl.join(a, b), tl.join(c, d))"),
+    ("merge", "the same random numbers in each block", "at = first // 4 + tl.arange", "at = 0 * first + tl.arange"),
+    ("merge", "entries at the bound", "(magnitude > lower) | ((magnitude == lower)", "(magnitude >= lower) | ((magnitude == lower)"),
+    ("merge", "the largest kept", "kept &= (magnitude < upper)", "kept &= (magnitude <= upper)"),
+    ("merge", "a sum of zero elects nothing", "plus = elected >= 0", "plus = elected > 0"),
+    ("merge", "undecided elements not counted", "tl.sum(tl.where(elected == 0, some, 0), 0)", "tl.sum(some, 0) * 0"),
+    ("merge", "elements past the last", "total.to(out_ptr.dtype.element_ty), mask=elements < numel)", "total.to(out_ptr.dtype.element_ty))"),
+    ("merge", "signs of a vector forgotten", "tl.where(negative != 0, -scale, scale)", "scale"),
     # strides
     ("one tile", "token and slot swapped", "* token_stride + (pairs - tokens * top_k).to(tl.int64) * slot_stride",
      "* slot_stride + (pairs - tokens * top_k).to(tl.int64) * token_stride"),
@@ -93,9 +105,12 @@ def use(monkeypatch, folder: Path, exercise: str, out: str = "", into: str = "")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(ROOMS[room], "triton", module, raising=False)
+    monkeypatch.setitem(sys.modules, f"{ROOMS[room].__name__}.triton", module)  # where it is imported by the call
 
 
-@pytest.mark.parametrize("exercise", ["one tile", "two tiles", "permute", "route", "grouped_gemm", "expert_ffn"])
+@pytest.mark.parametrize(
+    "exercise", ["one tile", "two tiles", "permute", "route", "grouped_gemm", "expert_ffn", "merge"]
+)
 def test_unchanged_source_passes(exercise, monkeypatch, tmp_path):
     use(monkeypatch, tmp_path, exercise)
     assert report_of(exercise, "triton") == "nothing"

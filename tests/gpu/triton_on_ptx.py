@@ -28,6 +28,11 @@ def _product(source, metadata, kind: str) -> bytes:
     return Path(get_cache_manager(metadata.hash).get_file(f"{source.name}.{kind}")).read_bytes()
 
 
+def _flat(values) -> list:
+    """A tuple's entries are parameters of their own."""
+    return [one for value in values for one in (_flat(value) if isinstance(value, tuple) else [value])]
+
+
 class _Launcher:
     """What Triton calls to launch one compiled kernel."""
 
@@ -35,9 +40,10 @@ class _Launcher:
         self.metadata = metadata
         self.ptx = _product(source, metadata, "ptx").decode()
         # constants and what Triton specialised to a constant are no parameters of the PTX
-        self.is_parameter = [kind != "constexpr" for kind in source.signature.values()]
+        self.is_parameter = [kind != "constexpr" for kind in _flat(source.signature.values())]
 
     def __call__(self, x, y, z, stream, function, packed_metadata, launch_metadata, enter_hook, exit_hook, *arguments):
+        arguments = _flat(arguments)
         parameters = [argument for argument, used in zip(arguments, self.is_parameter, strict=True) if used]
         block = 32 * self.metadata.num_warps
         counters = run_ptx(self.ptx, self.metadata.name, (x, y, z), block, parameters, self.metadata.shared)

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from moe_kernels import compress, decompress, merge, merge_tensors
 from moe_kernels.ops.merge import native, parts, recipe, reference
 from moe_kernels.ops.merge.methods import METHODS, SEMANTICS
+from moe_kernels.ops.task_vector.reference import bits as reference_bits
 from moe_kernels.testing import assert_close_to_reference
 from tests.ops.helpers import DTYPES, seeded, strided
 
 OP = "merge"
+GPU_KERNELS = ["triton-cpu", "triton-ptx", "triton-cuda"]
 ALL = [(name, one) for name, method in METHODS.items() for one in SEMANTICS if one in method.semantics]
 WEIGHTS = [1.0, 0.5, 2.0, -0.7, 0.3, 1.0, 1.5, 0.25]
 
@@ -526,3 +528,41 @@ def test_parts_of_a_tensor_are_the_whole(backend, monkeypatch, dtype, method, se
     assert_close_to_reference(merge(base, experts, **options, backend=backend), whole.double(), whole, "parts")
     monkeypatch.setattr(parts, "_ELEMENTS", 1)
     assert_close_to_reference(merge(base, experts, **options, backend=backend), whole.double(), whole, "rows")
+
+
+RECIPES = {
+    "task_arithmetic": dict(method="task_arithmetic", semantics="peft", lambda_=0.7, weights=WEIGHTS[:3]),
+    "linear": dict(method="linear", weights=WEIGHTS[:3]),
+    "ties official": dict(method="ties", density=0.3),
+    "ties peft": dict(method="ties", semantics="peft", density=0.3, weights=WEIGHTS[:3]),
+    "ties mergekit": dict(method="ties", semantics="mergekit", density=0.3, weights=WEIGHTS[:3]),
+    "dare_ties": dict(method="dare_ties", density=0.3),
+    "dare_linear": dict(method="dare_linear", semantics="mergekit", density=0.6, weights=WEIGHTS[:3]),
+    "breadcrumbs": dict(method="breadcrumbs", semantics="mergekit", density=0.4, gamma=0.1, weights=WEIGHTS[:3]),
+}
+
+
+@pytest.mark.on_gpus
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_kernels_give_the_bits_of_the_reference(backend, kernel_id, dtype, recipe):
+    """A ragged last block; equal magnitudes and cancelling sums; NaN where a method lets it through."""
+    size = 1100 if kernel_id == "triton-ptx" else 2500
+    base, experts = models(size, 3, dtype)
+    experts[1][:50], experts[2][:50] = 2 * base[:50] - experts[0][:50], base[:50]
+    options = RECIPES[recipe]
+    if recipe in ("task_arithmetic", "linear"):
+        experts[0][7], experts[1][9] = float("nan"), float("inf")
+    found = merge(base, experts, **options, backend=backend)
+    expected = merge(base, experts, **options, backend="reference")
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert torch.equal(*(reference_bits(one.nan_to_num(0)) for one in (found, expected)))
+
+
+@pytest.mark.on_gpus
+def test_gpu_kernels_merge_task_vectors(backend, kernel_id):
+    base, experts, _ = vectors_of(3, 1100 if kernel_id == "triton-ptx" else 4200, torch.bfloat16)
+    mixed = [*experts[:2], base * 1.01]
+    for options in (dict(method="ties"), dict(method="task_arithmetic", semantics="peft", weights=WEIGHTS[:3])):
+        found = merge(base, mixed, **options, backend=backend)
+        assert torch.equal(found, merge(base, mixed, **options, backend="reference"))

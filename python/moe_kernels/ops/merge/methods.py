@@ -218,7 +218,12 @@ def merge_one(
 
 
 def _kernels(op: str, settings: Settings, tensor: Expert):
-    return reference if resolve(op, settings.backend, tensor.device.type) == "reference" else native
+    backend = resolve(op, settings.backend, tensor.device.type)
+    if backend == "triton":  # imported when it is first asked for
+        from moe_kernels.ops.merge import triton
+
+        return triton
+    return reference if backend == "reference" else native
 
 
 def _counts(op: str, settings: Settings, name: str, expert: Tensor, base: Tensor | None) -> Tensor:
