@@ -2,7 +2,6 @@
 
 # ruff: noqa: E501
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
@@ -105,7 +104,6 @@ def use(monkeypatch, folder: Path, exercise: str, out: str = "", into: str = "")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(ROOMS[room], "triton", module, raising=False)
-    monkeypatch.setitem(sys.modules, f"{ROOMS[room].__name__}.triton", module)  # where it is imported by the call
 
 
 @pytest.mark.parametrize(

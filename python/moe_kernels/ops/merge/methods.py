@@ -13,7 +13,9 @@ from moe_kernels._dispatch import resolve
 from moe_kernels.ops.merge import native, reference
 from moe_kernels.ops.merge.parts import Parts, breadcrumbs, della, sce
 from moe_kernels.ops.merge.recipe import ALL, END, Expert, Recipe, Source, random_key
+from moe_kernels.ops.task_vector.api import decompress
 from moe_kernels.ops.task_vector.magnitudes import INFINITY, LOW_BITS, rank, threshold
+from moe_kernels.ops.task_vector.packed import PackedDelta
 
 SEMANTICS = ("official", "peft", "mergekit")
 _EVERY = frozenset(SEMANTICS)
@@ -191,16 +193,16 @@ def merge_one(
     weights: list[float],
 ) -> Tensor:
     """One floating tensor, all of its models contiguous."""
-    kernels = _kernels(op, settings, experts[0])
+    merge = functools.partial(_merge, op, settings)
     if settings.method == "slerp":
         pair = experts if len(experts) == 2 else [base, *experts]
-        return kernels.merge(None, pair, _slerp(op, settings, name, pair))[0]
+        return merge(None, pair, _slerp(op, settings, name, pair))[0]
     if settings.method == "model_stock":
-        return kernels.merge(base, experts, _model_stock(op, settings, name, base, experts))[0]
+        return merge(base, experts, _model_stock(op, settings, name, base, experts))[0]
     method = METHODS[settings.method]
     by_rows = method.keeps == "rows" or (method.keeps == "window" and settings.semantics == "official")
     if by_rows or settings.method == "sce":
-        parts = Parts(op, name, base, experts, kernels)
+        parts = Parts(op, name, base, experts, _kernels(op, settings, base), merge)
         if settings.method == "sce":
             return sce(parts, settings.select_topk, settings.lambda_)
         recipe = _combination(settings, [Source() for _ in experts], weights)
@@ -210,20 +212,28 @@ def merge_one(
         return della(parts, settings.density, settings.epsilon, keys, recipe)
     linear = settings.method == "linear"
     recipe = _recipe(op, settings, whole, name, base, experts, weights)
-    merged, undecided = kernels.merge(None if linear else base, experts, recipe)
+    merged, undecided = merge(None if linear else base, experts, recipe)
     if undecided:
         recipe.zero_sign = whole.zero_sign()
-        merged, _ = kernels.merge(base, experts, recipe)
+        merged, _ = merge(base, experts, recipe)
     return merged
 
 
 def _kernels(op: str, settings: Settings, tensor: Expert):
-    backend = resolve(op, settings.backend, tensor.device.type)
-    if backend == "triton":  # imported when it is first asked for
-        from moe_kernels.ops.merge import triton
+    """What counts and sums over whole tensors: beside the Triton kernel PyTorch's operations on the device."""
+    return native if resolve(op, settings.backend, tensor.device.type) == "native" else reference
 
-        return triton
-    return reference if backend == "reference" else native
+
+def _merge(op: str, settings: Settings, base: Tensor | None, experts: list[Expert], recipe: Recipe):
+    if resolve(op, settings.backend, experts[0].device.type) != "triton":
+        return _kernels(op, settings, experts[0]).merge(base, experts, recipe)
+    from moe_kernels.ops.merge import triton  # imported when it is first asked for
+
+    for expert in experts:
+        if isinstance(expert, PackedDelta) and expert.values is not None:
+            remedy = "pass backend='reference'"
+            raise value_error(op, "experts", "whole tensors or ternary for the Triton kernel", "values", remedy)
+    return triton.merge(base, [decompress(e) if isinstance(e, PackedDelta) else e for e in experts], recipe)
 
 
 def _counts(op: str, settings: Settings, name: str, expert: Tensor, base: Tensor | None) -> Tensor:

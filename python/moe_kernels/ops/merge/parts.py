@@ -18,8 +18,9 @@ _ELEMENTS = 1 << 20
 class Parts:
     """The differences of one tensor's experts, a part at a time: they are never there as a whole."""
 
-    def __init__(self, op: str, name: str, base: Tensor, experts: list[Tensor], kernels):
-        self.op, self.name, self.base, self.experts, self.kernels = op, name, base, experts, kernels
+    def __init__(self, op: str, name: str, base: Tensor, experts: list[Tensor], kernels, merge: Callable):
+        self.op, self.name, self.base, self.experts = op, name, base, experts
+        self.kernels, self.merge_part = kernels, merge
         self.acc = reference.accumulator(base.dtype)
 
     def slices(self, row: int = 1) -> Iterator[slice]:
@@ -38,7 +39,7 @@ class Parts:
         """``round(base + merged)`` of what ``keep`` makes of each part's differences, by a recipe without a base."""
         out = torch.empty_like(self.base)
         for part in self.slices(row):
-            merged, _ = self.kernels.merge(None, keep(part, self.differences(part)), recipe)
+            merged, _ = self.merge_part(None, keep(part, self.differences(part)), recipe)
             out.view(-1)[part] = (self.base.view(-1)[part].to(self.acc) + merged).to(out.dtype)
         return out
 

@@ -1,7 +1,4 @@
-"""The Triton kernel of a merge, under the names of native.py; its bits are those of the reference.
-
-What is counted or summed over whole tensors before it is the reference's, on the tensors' device.
-"""
+"""The Triton kernel of a merge; its bits are those of the reference."""
 
 import torch
 import triton
@@ -9,19 +6,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.random import philox_impl
 
-from moe_kernels._checks import value_error
-from moe_kernels.ops.merge.recipe import ALL, DIVISORS, ELECTIONS, Expert, Recipe
-from moe_kernels.ops.merge.reference import (
-    count_magnitudes,
-    count_window,
-    elected_signs,
-    end_of_ties,
-    kept_magnitudes,
-)
-from moe_kernels.ops.task_vector.packed import PackedDelta
+from moe_kernels.ops.merge.recipe import ALL, DIVISORS, ELECTIONS, Recipe
 from moe_kernels.ops.task_vector.ternary import TernaryDelta
-
-__all__ = ["count_magnitudes", "count_window", "elected_signs", "end_of_ties", "kept_magnitudes", "merge"]
 
 BLOCK = 512  # elements of a program: 4 a thread; with 8 a quarter of the occupancy (255 registers)
 
@@ -148,22 +134,21 @@ def _merge_kernel(
     tl.store(out_ptr + elements, total.to(out_ptr.dtype.element_ty), mask=elements < numel)
 
 
-def merge(base: Tensor | None, experts: list[Expert], recipe: Recipe) -> tuple[Tensor, int]:
+def merge(base: Tensor | None, experts: list[Tensor | TernaryDelta], recipe: Recipe) -> tuple[Tensor, int]:
     """The host waits for the device where an election may leave elements undecided."""
     like = experts[0] if base is None else base
     acc = torch.float64 if like.dtype == torch.float64 else torch.float32
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     if like.numel() == 0:
         return out, 0
-    held = [_planes(expert) if isinstance(expert, PackedDelta) else expert for expert in experts]
-    tensors = [expert.planes if isinstance(expert, TernaryDelta) else expert for expert in held]
+    tensors = [expert.planes if isinstance(expert, TernaryDelta) else expert for expert in experts]
 
     def to_device(values: list, dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device="cpu").to(like.device)
 
-    are_ternary = sum(isinstance(expert, TernaryDelta) << k for k, expert in enumerate(held))
+    are_ternary = sum(isinstance(expert, TernaryDelta) << k for k, expert in enumerate(experts))
     has_random = any(source.keep_below < ALL for source in recipe.sources)
-    scales = [expert.scale if isinstance(expert, TernaryDelta) else 1.0 for expert in held]
+    scales = [expert.scale if isinstance(expert, TernaryDelta) else 1.0 for expert in experts]
     sources = [
         to_device([source.bounds for source in recipe.sources], torch.int64),
         to_device([source.key for source in recipe.sources], torch.int64),
@@ -182,12 +167,3 @@ def merge(base: Tensor | None, experts: list[Expert], recipe: Recipe) -> tuple[T
         )  # fmt: skip
     waits = recipe.election == "sign_of_sum" and recipe.zero_sign == 0
     return out, int(undecided.sum()) if waits else 0
-
-
-def _planes(packed: PackedDelta) -> TernaryDelta:
-    from moe_kernels.ops.task_vector.api import decompress
-
-    if packed.values is not None:
-        remedy = "pass backend='reference'"
-        raise value_error("merge", "experts", "whole tensors or ternary for the Triton kernel", "values", remedy)
-    return decompress(packed)
