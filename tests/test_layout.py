@@ -33,6 +33,8 @@ DATA_FILES = {
 WITHOUT_KERNELS = {"quantize"}
 #: rooms whose ops change weights or make new ones outside of autograd
 WITHOUT_GRADIENTS = {"merge", "task_vector"}
+#: rooms whose Triton kernels have no gradients, so that api chooses them
+FORWARD_ONLY = {"ternary_linear"}
 #: files of a room that hold more of its public functions: they may import what api may, and api
 PUBLIC_FILES = {
     "logit_fusion": {"features", "heads", "presets", "tilt", "verify"},
@@ -79,7 +81,8 @@ def test_imports_within_a_room_go_one_way(room):
             continue
         is_public = path.stem in PUBLIC_FILES.get(room.name, ())
         allowed = ALLOWED["api"] | {"api"} if is_public else ALLOWED[path.stem]
-        if path.stem == "api" and room.name in WITHOUT_GRADIENTS:  # elsewhere autograd chooses among the kernels
+        # elsewhere autograd chooses among the kernels
+        if path.stem == "api" and room.name in WITHOUT_GRADIENTS | FORWARD_ONLY:
             allowed = allowed | {"triton"}
         for name in imports(path):
             parts = name.removeprefix("moe_kernels.").split(".")

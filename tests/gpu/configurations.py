@@ -131,6 +131,7 @@ TRITON_KERNELS = {
     "collect_kept": {"_collect_kernel": 0},
     "unapply_ternary": {"_unapply_kernel": 2},
     "merge": {"_merge_kernel": 0},  # 64 bits of bfloat16: with more of them a quarter of the occupancy
+    "ternary_linear": {"_ternary_linear_kernel": 1},
     "route": {"_route_kernel": 0},
     "route of groups": {"_route_kernel": 0},
     "route_weights": {"_route_weights_kernel": 0},
@@ -145,6 +146,7 @@ def _triton_launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     from moe_kernels.ops.permute import triton as permute
     from moe_kernels.ops.route import triton as route
     from moe_kernels.ops.task_vector import triton as task_vector
+    from moe_kernels.ops.ternary_linear import triton as ternary_linear
 
     weight, planes = torch.zeros(8192, dtype=dtype), torch.ones(128, 2, dtype=torch.int64)
     undo = [torch.zeros(3).long(), torch.zeros(2, 16).long(), torch.zeros(16, dtype=dtype), torch.zeros(3).long()]
@@ -166,6 +168,9 @@ def _triton_launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "collect_kept": lambda: task_vector._collect_kernel[(2,)](weight, undo[0], undo[3], undo[2], BLOCK=128),
         "unapply_ternary": lambda: task_vector.unapply_ternary(weight, [planes], [1.0], *undo),
         "merge": lambda: merge.merge(weight, [weight] * 8, recipe.Recipe([recipe.Source()] * 8, "sign_of_sum")),
+        "ternary_linear": lambda: ternary_linear.ternary_linear(
+            x, x.new_zeros(2048, 2048), [torch.zeros(2**16, 2).long()] * 2, [1.0] * 2, ids[:, :1], None, None
+        ),
         "route": lambda: route.route(logits.to(dtype), None, 8, 0, True, 1.0, 1, 1, 0, 0),
         "route of groups": lambda: route.route(
             torch.zeros(16, 256, dtype=dtype), torch.zeros(256), 8, route.SIGMOID, True, 2.5, 8, 4, route.TOP2_SUM, 0

@@ -17,6 +17,7 @@ from moe_kernels import (
     plan_dispatch,
     route,
     route_weights,
+    ternary_linear,
     unapply_,
     unpermute,
 )
@@ -131,11 +132,32 @@ def exercise_merge(backend: str) -> None:
     assert torch.equal(found, expected), "task vectors"
 
 
+def exercise_ternary_linear(backend: str) -> None:
+    # nine deltas take two launches; rows of 70 begin at any bit; a delta twice, one token without
+    deltas = [TernaryDelta.from_signs(torch.randn(37, 70) * (torch.rand(37, 70) < 0.5), 0.5 + i) for i in range(9)]
+    ids = torch.tensor([[0, 8], [3, 3], [-1, 9], [1, -1], [7, 2]])
+    weights = [torch.randn(5, 2), torch.randn(37, 70), torch.randn(37)]
+
+    def op(x, a, w, bias, backend):
+        with torch.no_grad():
+            return ternary_linear(x, w, deltas, ids, a, bias=bias, backend=backend)
+
+    check(op, [torch.randn(5, 70), *weights], backend, backward=False)
+    # whose products are not finite does not reach those beside it, and gets nothing from a delta that it has not
+    x = torch.randn(5, 70)
+    x[0, 69], x[2, 3] = float("nan"), float("inf")
+    with torch.no_grad():
+        out = ternary_linear(x, weights[1].abs(), deltas, ids, backend=backend)
+    assert bool(out[[1, 3, 4]].isfinite().all()) and bool(out[0].isnan().all()), "what is no number spreads"
+    assert bool((out[2] == float("inf")).all()), "a product with a delta that is not the token's"
+
+
 #: rooms that have Triton kernels alone
 TRITON_EXERCISES = {
     "grouped_gemm": exercise_grouped_gemm,
     "expert_ffn": exercise_expert_ffn,
     "merge": exercise_merge,
+    "ternary_linear": exercise_ternary_linear,
 }
 EXERCISES: dict[str, Callable[[str], None]] = {
     "one tile": lambda backend: exercise_plan(backend, 500, 9, 4),

@@ -16,10 +16,14 @@ import moe_kernels.ops.grouped_gemm
 import moe_kernels.ops.merge
 import moe_kernels.ops.permute
 import moe_kernels.ops.route
+import moe_kernels.ops.ternary_linear
 
 from .exercises import report_of
 
-ROOMS = {name: getattr(moe_kernels.ops, name) for name in ("permute", "route", "grouped_gemm", "expert_ffn", "merge")}
+ROOMS = {
+    name: getattr(moe_kernels.ops, name)
+    for name in ("permute", "route", "grouped_gemm", "expert_ffn", "merge", "ternary_linear")
+}
 
 #: exercise, what is changed, what is taken out, what comes in; the first place that has it
 MUTANTS = [
@@ -77,6 +81,15 @@ MUTANTS = [
     ("merge", "undecided elements not counted", "tl.sum(tl.where(elected == 0, some, 0), 0)", "tl.sum(some, 0) * 0"),
     ("merge", "elements past the last", "total.to(out_ptr.dtype.element_ty), mask=elements < numel)", "total.to(out_ptr.dtype.element_ty))"),
     ("merge", "signs of a vector forgotten", "tl.where(negative != 0, -scale, scale)", "scale"),
+    ("ternary_linear", "the next row's features", "in_row = first + features < in_features", "in_row = first + features < in_features + 64"),
+    ("ternary_linear", "one word of two", "(low >> shift) | ((high << 1) << (31 - shift))", "low >> shift"),
+    ("ternary_linear", "words past the last group", "mask=wanted & (bit // 64 < num_groups), other=0)", ")"),
+    ("ternary_linear", "signs of the nonzero word", "planes_ptrs[e] + 2, bit", "planes_ptrs[e], bit"),
+    ("ternary_linear", "tokens without the delta", "tl.where((used > 0)[:, None], sums + factor[:, None] * products, sums)", "sums + factor[:, None] * products"),
+    ("ternary_linear", "the sums of the first launch", "HAS_SUMS=number > 0", "HAS_SUMS=False"),
+    ("ternary_linear", "the bias in every launch", "HAS_BIAS=last and bias is not None", "HAS_BIAS=bias is not None"),
+    ("ternary_linear", "columns past the last", "both_inside = inside[:, None] & c_inside[None, :]", "both_inside = inside[:, None]"),
+    ("ternary_linear", "the delta used last counts", "factors + weight * of_delta", "weight * of_delta"),
     # strides
     ("one tile", "token and slot swapped", "* token_stride + (pairs - tokens * top_k).to(tl.int64) * slot_stride",
      "* slot_stride + (pairs - tokens * top_k).to(tl.int64) * token_stride"),
@@ -107,7 +120,7 @@ def use(monkeypatch, folder: Path, exercise: str, out: str = "", into: str = "")
 
 
 @pytest.mark.parametrize(
-    "exercise", ["one tile", "two tiles", "permute", "route", "grouped_gemm", "expert_ffn", "merge"]
+    "exercise", ["one tile", "two tiles", "permute", "route", "grouped_gemm", "expert_ffn", "merge", "ternary_linear"]
 )
 def test_unchanged_source_passes(exercise, monkeypatch, tmp_path):
     use(monkeypatch, tmp_path, exercise)

@@ -9,6 +9,9 @@ from moe_kernels import TernaryDelta, ternary_linear
 from moe_kernels.ops.ternary_linear import native
 from tests.ops.helpers import DTYPES, LOW_DTYPES, check, check_exact, leaf, small_integers, strided
 
+OP = "ternary_linear"
+GPU_KERNELS = ["triton-cpu", "triton-ptx", "triton-cuda"]
+
 
 def make_deltas(count: int, out_features: int, in_features: int, density: float = 0.3, generator=None):
     """Signs of either kind, each delta with a scale of its own."""
@@ -240,3 +243,43 @@ def test_compile(backend):
         leaves = (inputs[0], inputs[2])
         grads, others = (torch.autograd.grad(one.sum(), leaves) for one in (out, expected))
         assert all(torch.equal(*pair) for pair in zip(grads, others, strict=True))
+
+
+@pytest.mark.on_gpus
+@pytest.mark.parametrize("top_k", [None, 1, 3])
+@pytest.mark.parametrize("sizes", [(3, 5, 7), (1, 64, 33), (17, 130, 65), (2, 200, 130)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_on_gpus(backend, kernel_id, dtype, sizes, top_k):
+    """More deltas than one launch takes; ids of none; rows of planes that begin at any bit."""
+    if kernel_id == "triton-ptx" and dtype == torch.float64:
+        pytest.skip("the interpreter has no products of float64 matrices")
+    num_tokens, in_features, out_features = sizes
+    count = 10 if kernel_id != "triton-ptx" else 9 if sizes == (3, 5, 7) else 2
+    deltas = make_deltas(count, out_features, in_features)
+    ids, weights = pairs(num_tokens, count, top_k or count)
+    tensors = [
+        torch.randn(num_tokens, in_features).to(dtype),
+        strided((torch.randn(out_features, in_features) * in_features**-0.5).to(dtype)),
+        weights,
+        torch.randn(out_features).to(dtype),
+    ]
+
+    def op(x, w, a, bias, backend):
+        with torch.no_grad():
+            return ternary_linear(x, w, deltas, ids if top_k else None, a, bias=bias, backend=backend)
+
+    check(op, tensors, backend, backward=False)
+
+
+@pytest.mark.on_gpus
+def test_a_token_has_the_same_bits_in_any_batch_on_gpus(backend, kernel_id):
+    deltas = make_deltas(2, 33, 70)
+    x, weight = torch.randn(19, 70), torch.randn(33, 70)
+    x[4, 3], x[5] = float("nan"), 0
+    ids = torch.randint(-1, 2, (19, 1))
+    together = ternary_linear(x, weight, deltas, ids, backend=backend)
+    for token in (0, 5, 18) if kernel_id == "triton-ptx" else range(19):
+        alone = ternary_linear(x[token : token + 1], weight, deltas, ids[token : token + 1], backend=backend)
+        if kernel_id.startswith("triton"):
+            assert torch.equal(alone[0].nan_to_num(7), together[token].nan_to_num(7))
+        assert bool(alone.isnan().all()) == (token == 4)

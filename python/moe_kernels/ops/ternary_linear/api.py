@@ -93,9 +93,15 @@ def ternary_linear(
         **{f"deltas[{i}]": tensor for i, tensor in enumerate(planes)},
     )  # fmt: skip
     differentiable = (x, weight, bias, delta_weights)
-    if resolve(op, backend, x.device.type) == "reference":
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    backend = resolve(f"{op} with gradients" if needs_grad else op, backend, x.device.type)
+    if backend == "reference":
         out = reference.ternary_linear(rows, weight, deltas, values, delta_ids, delta_weights, bias)
-    elif torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
+    elif backend == "triton":
+        from moe_kernels.ops.ternary_linear import triton  # imported when it is first asked for
+
+        out = triton.ternary_linear(rows, weight, planes, values, delta_ids, delta_weights, bias)
+    elif needs_grad:
         out = autograd.TernaryLinear.apply(rows, weight, delta_weights, bias, delta_ids, values, *planes)
     else:
         out = native.ternary_linear(rows, weight, planes, values, delta_ids, delta_weights, bias)
