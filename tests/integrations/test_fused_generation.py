@@ -5,7 +5,14 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, LogitsProcessor, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaForCausalLM,
+    LogitsProcessor,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from moe_kernels.integrations.transformers import FusedGeneration, FusionSource, check_tokenizers, fusions
 from moe_kernels.ops.logit_fusion import dynamic_fusion, presets
@@ -248,6 +255,8 @@ def test_bad_input(models):
     two, three = prompts([2, 3])["input_ids"], prompts([2, 4, 5])["input_ids"]
     other = FusionSource(tiny(4, vocab_size=400))
     fuse = presets.context_aware
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    encoder_decoder = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB_SIZE, **sizes))
 
     def generate(fusion=fusions.guidance(1.5), inputs=inputs, **more):  # noqa: B008
         return model.generate(**inputs, max_new_tokens=2, custom_generate=fusion, **more)
@@ -268,10 +277,19 @@ def test_bad_input(models):
             lambda: generate(FusedGeneration(fuse, [FusionSource(tiny(1).to("meta"))])),
             r"others\[0\] must be on cpu, as the prompt, got meta; move it with .to\(\)",
         ),
+        (
+            lambda: generate(FusedGeneration(fuse, [FusionSource(encoder_decoder)])),
+            r"others\[0\] must be a decoder-only model, got T5ForConditionalGeneration",
+        ),
         (lambda: generate(inputs_embeds=torch.randn(2, 5, 16)), "inputs must be input_ids and attention_mask, got"),
         (
             lambda: generate(position_ids=torch.arange(1, 6).expand(2, -1)),
             "position_ids must be left out, or the places of the tokens, got others",
+        ),
+        (lambda: generate(guidance_scale=1.5), "guidance_scale must be left at its default, got 1.5"),
+        (
+            lambda: generate(prompt_lookup_num_tokens=2),
+            "the generation must be one of greedy_search, sample, beam_search, beam_sample, got assisted_generation",
         ),
         (lambda: generate(use_cache=False), "use_cache must be left at its default, got False"),
         (

@@ -6,7 +6,7 @@ from itertools import count
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from moe_kernels._checks import shape_error, value_error
 from moe_kernels.integrations.transformers.fused_beams import search_beams
@@ -17,6 +17,12 @@ from moe_kernels.ops.logit_fusion import fuse_logits
 
 #: what ``generate`` hands on that has no meaning for the fusion, which owns every cache, mask and position
 _OURS = {"attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep"}
+_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+)
 _OP = "FusedGeneration"
 
 
@@ -198,7 +204,11 @@ def _refuse(config: GenerationConfig, model_kwargs: dict, synced_gpus: bool) -> 
     cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
     if cache is not None and cache.get_seq_length() > 0:
         raise value_error(_OP, "the cache", "empty", "one with tokens", "the other sources have not read them")
+    mode = config.get_generation_mode()
+    if mode not in _MODES:
+        raise value_error(_OP, "the generation", f"one of {', '.join(each.value for each in _MODES)}", mode.value)
     for name, refused in (
+        ("guidance_scale", config.guidance_scale not in (None, 1)),  # a second guidance, whose cache nobody reorders
         ("use_cache", config.use_cache is False),
         ("synced_gpus", synced_gpus),
         ("prefill_chunk_size", config.prefill_chunk_size is not None),
