@@ -120,9 +120,19 @@ def test_a_sample_is_its_own_beside_any_others(models):
     assert generate([1, 3], **plain) == [generate([row], **plain)[0] for row in (1, 3)]
 
 
+def test_without_a_seed_the_generator_of_torch_draws_one(models):
+    def generate() -> list[list[int]]:
+        return models[0].generate(**prompts([5, 3]), **SAMPLING, custom_generate=fusions.guidance(1.1)).tolist()
+
+    torch.manual_seed(1)
+    first, second = generate(), generate()
+    torch.manual_seed(1)
+    assert generate() == first != second
+
+
 def test_several_sequences_of_a_prompt_differ_and_the_first_is_that_of_one(models):
     inputs = prompts([5, 3])
-    arguments = SAMPLING | {"custom_generate": fusions.guidance(1.5)}
+    arguments = SAMPLING | {"custom_generate": fusions.guidance(1.5), "seed": 0}
     one = models[0].generate(**inputs, **arguments)
     three = models[0].generate(**inputs, **arguments, num_return_sequences=3)
     assert three.shape[0] == 6 and len({tuple(row) for row in three[:3].tolist()}) == 3

@@ -41,9 +41,9 @@ class FusedGeneration:
     (:func:`moe_kernels.fuse_logits`), so a row is the same beside any others, as far as the models' own logits are.
     Beams are those of transformers' beam search; beams that sample draw from PyTorch's generator as they do there.
 
-    Arguments of ``generate`` that belong to it: ``seed`` (0 by default) and ``request_ids`` ([batch_size] int64 below
-    2**32; by default the place in the batch). transformers 5.24 keeps ``streamer`` from a callable: give it as
-    ``custom_generate=partial(fusion, streamer=streamer)``.
+    Arguments of ``generate`` that belong to it: ``seed`` in [0, 2**32) (by default one that PyTorch's generator draws)
+    and ``request_ids`` ([batch_size] int64 below 2**32; by default the place in the batch). transformers 5.24 keeps
+    ``streamer`` from a callable: give it as ``custom_generate=partial(fusion, streamer=streamer)``.
 
     With ``draft`` one of the others writes ``num_draft`` tokens ahead, the rest read them at once, and those stay that
     leave the distribution as it was (:func:`moe_kernels.fused_verify`): for one row, whose caches can go back.
@@ -90,7 +90,7 @@ class FusedGeneration:
         generation_config: GenerationConfig,
         streamer=None,
         synced_gpus: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
         request_ids: Tensor | None = None,
         **model_kwargs,
     ) -> Tensor | GenerateDecoderOnlyOutput:
@@ -108,6 +108,8 @@ class FusedGeneration:
                 model, sources, self.fuse, input_ids, logits_processor, stopping_criteria, generation_config
             )
         request_ids = _request_ids(request_ids, input_ids, repeats)
+        if seed is None and generation_config.do_sample:
+            seed = torch.randint(2**32, ()).item()
         rest = (input_ids, logits_processor, stopping_criteria, generation_config, streamer, seed, request_ids)
         if self.draft is not None:
             return speculate(prompts, self.fuse, self.draft + 1, self.num_draft, *rest)
@@ -131,7 +133,7 @@ class FusedGeneration:
         stopping_criteria: StoppingCriteriaList,
         config: GenerationConfig,
         streamer,
-        seed: int,
+        seed: int | None,
         request_ids: Tensor,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         num_rows = input_ids.shape[0]
