@@ -1,5 +1,6 @@
 """Generation by several sources against the same without any cache, recomputed from the start at every step."""
 
+import random
 from functools import partial
 
 import pytest
@@ -14,6 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from moe_kernels import fuse_logits
 from moe_kernels.integrations.transformers import FusedGeneration, FusionSource, check_tokenizers, fusions
 from moe_kernels.ops.logit_fusion import dynamic_fusion, presets
 from tests.integrations.fused_models import EOS, PAD, VOCAB_SIZE, Recompute, prompts, tiny
@@ -80,6 +82,32 @@ def test_every_row_is_the_exact_recomputation(models, method, search):
         assert actual.tolist() == expected.tolist()
         finished += torch.isin(actual[:, inputs["input_ids"].shape[1] : -1], torch.tensor(EOS)).sum().item()
     assert finished, "no row finished before the others: a weak test"
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_searches(models, seed):
+    rng = random.Random(seed)
+    batch_size, num_beams = rng.randint(1, 4), rng.choice([1, 2, 3, 5])
+    inputs = prompts([rng.randint(1, 9) for _ in range(batch_size)], seed)
+    negative = prompts([rng.randint(1, 14) for _ in range(rng.choice([1, batch_size]))], seed + 100)
+    weights = [1.0, 0.5, -0.5, rng.uniform(-0.6, 0.6)]
+    arguments = {"do_sample": False, "num_beams": num_beams, "max_new_tokens": rng.randint(1, 12)}
+    if num_beams > 1:
+        arguments |= {
+            "num_return_sequences": rng.randint(1, num_beams),
+            "length_penalty": rng.choice([0.5, 1.0, 2.0]),
+            "early_stopping": rng.choice([True, False, "never"]),
+        }
+
+    def fuse(*logits: Tensor, **options) -> Tensor:
+        return fuse_logits(logits, weights, **options)
+
+    sources = [FusionSource(models[1]), FusionSource(models[2]), FusionSource(models[0], *negative.values())]
+    own = unpadded(negative) * (batch_size // len(negative["input_ids"]))
+    recompute = Recompute(models[0], inputs, fuse, [(models[1], None), (models[2], None), (None, own)], num_beams)
+    expected = models[0].generate(**inputs, **arguments, logits_processor=[recompute])
+    actual = models[0].generate(**inputs, **arguments, custom_generate=FusedGeneration(fuse, sources))
+    assert actual.tolist() == expected.tolist()
 
 
 def test_beams_keep_scores_and_one_negative_prompt_serves_all(models):
