@@ -1,12 +1,21 @@
 """Generation by several sources against the same without any cache, recomputed from the start at every step."""
 
+import random
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, LogitsProcessor, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    LlamaForCausalLM,
+    LogitsProcessor,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+from moe_kernels import fuse_logits
 from moe_kernels.integrations.transformers import FusedGeneration, FusionSource, check_tokenizers, fusions
 from moe_kernels.ops.logit_fusion import dynamic_fusion, presets
 from tests.integrations.fused_models import EOS, PAD, VOCAB_SIZE, Recompute, prompts, tiny
@@ -75,6 +84,32 @@ def test_every_row_is_the_exact_recomputation(models, method, search):
     assert finished, "no row finished before the others: a weak test"
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_random_searches(models, seed):
+    rng = random.Random(seed)
+    batch_size, num_beams = rng.randint(1, 4), rng.choice([1, 2, 3, 5])
+    inputs = prompts([rng.randint(1, 9) for _ in range(batch_size)], seed)
+    negative = prompts([rng.randint(1, 14) for _ in range(rng.choice([1, batch_size]))], seed + 100)
+    weights = [1.0, 0.5, -0.5, rng.uniform(-0.6, 0.6)]
+    arguments = {"do_sample": False, "num_beams": num_beams, "max_new_tokens": rng.randint(1, 12)}
+    if num_beams > 1:
+        arguments |= {
+            "num_return_sequences": rng.randint(1, num_beams),
+            "length_penalty": rng.choice([0.5, 1.0, 2.0]),
+            "early_stopping": rng.choice([True, False, "never"]),
+        }
+
+    def fuse(*logits: Tensor, **options) -> Tensor:
+        return fuse_logits(logits, weights, **options)
+
+    sources = [FusionSource(models[1]), FusionSource(models[2]), FusionSource(models[0], *negative.values())]
+    own = unpadded(negative) * (batch_size // len(negative["input_ids"]))
+    recompute = Recompute(models[0], inputs, fuse, [(models[1], None), (models[2], None), (None, own)], num_beams)
+    expected = models[0].generate(**inputs, **arguments, logits_processor=[recompute])
+    actual = models[0].generate(**inputs, **arguments, custom_generate=FusedGeneration(fuse, sources))
+    assert actual.tolist() == expected.tolist()
+
+
 def test_beams_keep_scores_and_one_negative_prompt_serves_all(models):
     inputs = prompts([4, 6])
     negative = prompts([3])["input_ids"]
@@ -113,9 +148,19 @@ def test_a_sample_is_its_own_beside_any_others(models):
     assert generate([1, 3], **plain) == [generate([row], **plain)[0] for row in (1, 3)]
 
 
+def test_without_a_seed_the_generator_of_torch_draws_one(models):
+    def generate() -> list[list[int]]:
+        return models[0].generate(**prompts([5, 3]), **SAMPLING, custom_generate=fusions.guidance(1.1)).tolist()
+
+    torch.manual_seed(1)
+    first, second = generate(), generate()
+    torch.manual_seed(1)
+    assert generate() == first != second
+
+
 def test_several_sequences_of_a_prompt_differ_and_the_first_is_that_of_one(models):
     inputs = prompts([5, 3])
-    arguments = SAMPLING | {"custom_generate": fusions.guidance(1.5)}
+    arguments = SAMPLING | {"custom_generate": fusions.guidance(1.5), "seed": 0}
     one = models[0].generate(**inputs, **arguments)
     three = models[0].generate(**inputs, **arguments, num_return_sequences=3)
     assert three.shape[0] == 6 and len({tuple(row) for row in three[:3].tolist()}) == 3
@@ -248,6 +293,8 @@ def test_bad_input(models):
     two, three = prompts([2, 3])["input_ids"], prompts([2, 4, 5])["input_ids"]
     other = FusionSource(tiny(4, vocab_size=400))
     fuse = presets.context_aware
+    sizes = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    encoder_decoder = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB_SIZE, **sizes))
 
     def generate(fusion=fusions.guidance(1.5), inputs=inputs, **more):  # noqa: B008
         return model.generate(**inputs, max_new_tokens=2, custom_generate=fusion, **more)
@@ -268,10 +315,19 @@ def test_bad_input(models):
             lambda: generate(FusedGeneration(fuse, [FusionSource(tiny(1).to("meta"))])),
             r"others\[0\] must be on cpu, as the prompt, got meta; move it with .to\(\)",
         ),
+        (
+            lambda: generate(FusedGeneration(fuse, [FusionSource(encoder_decoder)])),
+            r"others\[0\] must be a decoder-only model, got T5ForConditionalGeneration",
+        ),
         (lambda: generate(inputs_embeds=torch.randn(2, 5, 16)), "inputs must be input_ids and attention_mask, got"),
         (
             lambda: generate(position_ids=torch.arange(1, 6).expand(2, -1)),
             "position_ids must be left out, or the places of the tokens, got others",
+        ),
+        (lambda: generate(guidance_scale=1.5), "guidance_scale must be left at its default, got 1.5"),
+        (
+            lambda: generate(prompt_lookup_num_tokens=2),
+            "the generation must be one of greedy_search, sample, beam_search, beam_sample, got assisted_generation",
         ),
         (lambda: generate(use_cache=False), "use_cache must be left at its default, got False"),
         (

@@ -16,7 +16,9 @@ def models():
 
 
 def generate(model, fusion, seed: int = 0, **more):
-    return model.generate(**prompts([6], seed), custom_generate=fusion, **{"max_new_tokens": 12, **more}).tolist()
+    return model.generate(
+        **prompts([6], seed), custom_generate=fusion, **{"max_new_tokens": 12, "seed": 0, **more}
+    ).tolist()
 
 
 @pytest.mark.parametrize("num_draft", [1, 3, 20])

@@ -42,6 +42,19 @@ def test_only_what_is_asked_for_gets_a_gradient():
     assert features[1].grad.any()
 
 
+def test_compile():
+    compiled = torch.compile(fuse_features, fullgraph=True, dynamic=True)
+    for size in (4, 6):
+        tensors = [torch.randn(2, 3, size), *torch.randn(3, 2, 5, size)]
+        tensors = [tensor.requires_grad_() for tensor in tensors]
+        results = []
+        for op in (compiled, fuse_features):
+            fused = op(tensors[1:], tensors[0])
+            results.append((fused, *torch.autograd.grad(fused.square().sum(), tensors)))
+        for actual, expected in zip(*results, strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
 @given(seed=st.integers(0, 2**31), num_models=st.integers(1, 4), places=st.lists(st.integers(1, 4), max_size=2))
 @settings(deadline=None, max_examples=50)
 def test_properties(seed, num_models, places):

@@ -6,7 +6,7 @@ from itertools import count
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
 from moe_kernels._checks import shape_error, value_error
 from moe_kernels.integrations.transformers.fused_beams import search_beams
@@ -17,6 +17,12 @@ from moe_kernels.ops.logit_fusion import fuse_logits
 
 #: what ``generate`` hands on that has no meaning for the fusion, which owns every cache, mask and position
 _OURS = {"attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep"}
+_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+)
 _OP = "FusedGeneration"
 
 
@@ -35,9 +41,9 @@ class FusedGeneration:
     (:func:`moe_kernels.fuse_logits`), so a row is the same beside any others, as far as the models' own logits are.
     Beams are those of transformers' beam search; beams that sample draw from PyTorch's generator as they do there.
 
-    Arguments of ``generate`` that belong to it: ``seed`` (0 by default) and ``request_ids`` ([batch_size] int64 below
-    2**32; by default the place in the batch). transformers 5.24 keeps ``streamer`` from a callable: give it as
-    ``custom_generate=partial(fusion, streamer=streamer)``.
+    Arguments of ``generate`` that belong to it: ``seed`` in [0, 2**32) (by default one that PyTorch's generator draws)
+    and ``request_ids`` ([batch_size] int64 below 2**32; by default the place in the batch). transformers 5.24 keeps
+    ``streamer`` from a callable: give it as ``custom_generate=partial(fusion, streamer=streamer)``.
 
     With ``draft`` one of the others writes ``num_draft`` tokens ahead, the rest read them at once, and those stay that
     leave the distribution as it was (:func:`moe_kernels.fused_verify`): for one row, whose caches can go back.
@@ -84,7 +90,7 @@ class FusedGeneration:
         generation_config: GenerationConfig,
         streamer=None,
         synced_gpus: bool = False,
-        seed: int = 0,
+        seed: int | None = None,
         request_ids: Tensor | None = None,
         **model_kwargs,
     ) -> Tensor | GenerateDecoderOnlyOutput:
@@ -102,6 +108,8 @@ class FusedGeneration:
                 model, sources, self.fuse, input_ids, logits_processor, stopping_criteria, generation_config
             )
         request_ids = _request_ids(request_ids, input_ids, repeats)
+        if seed is None and generation_config.do_sample:
+            seed = torch.randint(2**32, ()).item()
         rest = (input_ids, logits_processor, stopping_criteria, generation_config, streamer, seed, request_ids)
         if self.draft is not None:
             return speculate(prompts, self.fuse, self.draft + 1, self.num_draft, *rest)
@@ -125,7 +133,7 @@ class FusedGeneration:
         stopping_criteria: StoppingCriteriaList,
         config: GenerationConfig,
         streamer,
-        seed: int,
+        seed: int | None,
         request_ids: Tensor,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         num_rows = input_ids.shape[0]
@@ -198,7 +206,11 @@ def _refuse(config: GenerationConfig, model_kwargs: dict, synced_gpus: bool) -> 
     cache = model_kwargs.get("cache", model_kwargs.get("past_key_values"))
     if cache is not None and cache.get_seq_length() > 0:
         raise value_error(_OP, "the cache", "empty", "one with tokens", "the other sources have not read them")
+    mode = config.get_generation_mode()
+    if mode not in _MODES:
+        raise value_error(_OP, "the generation", f"one of {', '.join(each.value for each in _MODES)}", mode.value)
     for name, refused in (
+        ("guidance_scale", config.guidance_scale not in (None, 1)),  # a second guidance, whose cache nobody reorders
         ("use_cache", config.use_cache is False),
         ("synced_gpus", synced_gpus),
         ("prefill_chunk_size", config.prefill_chunk_size is not None),

@@ -20,7 +20,7 @@ def speculate(
     stopping_criteria: StoppingCriteriaList,
     config: GenerationConfig,
     streamer,
-    seed: int,
+    seed: int | None,
     request_ids: Tensor,
 ) -> Tensor:
     """[1, length] token ids, distributed as those drawn one by one (greedy: the same).
@@ -31,6 +31,7 @@ def speculate(
     states = [SourceState(prompt) for prompt in prompts]
     length = input_ids.shape[1]
     temperature = (config.temperature or 1.0) if config.do_sample else 0.0
+    seed = seed or 0  # greedy, nothing is drawn that matters
     row = torch.zeros_like(request_ids)
     # no source can read a token that it does not know
     vocab = min(state.model.config.get_text_config().vocab_size for state in states)
