@@ -129,7 +129,7 @@ MOE_INLINE int64_t count_undecided(const Acc* sum, const Index<Acc>* any, int64_
 
 template <class T>
 static int64_t merge(const T* base, const MergeExpert<T>* experts, int64_t first, int64_t n, const MergeSource<acc_t<T>>* sources,
-                     int64_t num_sources, const MergeRule<acc_t<T>>& rule, acc_t<T>* deltas, T* out) {
+                     int64_t num_sources, const MergeRule<acc_t<T>>& rule, acc_t<T>* deltas, T* out, int64_t* signs) {
   using Acc = acc_t<T>;
   Acc sum[kMergeBlock] = {}, total[kMergeBlock] = {};
   Index<Acc> any[kMergeBlock] = {};
@@ -146,10 +146,12 @@ static int64_t merge(const T* base, const MergeExpert<T>* experts, int64_t first
       for (int64_t i = 0; i < n; ++i) sum[i] += t[i];
   }
   int64_t result = 0;
-  if (out == nullptr) {
-    for (int64_t i = 0; i < n; ++i) result += (sum[i] > 0) - (sum[i] < 0);
-    return result;
+  if (signs != nullptr) {
+    int32_t here = 0;
+    for (int64_t i = 0; i < n; ++i) here += (sum[i] > 0) - (sum[i] < 0);
+    *signs += here;
   }
+  if (out == nullptr) return 0;
   if (rule.election == Election::sign_of_sum) {
     if (sees) result = count_undecided(sum, any, n);
     for (int64_t i = 0; i < n; ++i) sum[i] = sum[i] == 0 ? rule.zero_sign : sum[i];

@@ -46,10 +46,10 @@ template <class T>
 struct MergeKernels {
   using Acc = acc_t<T>;
   // out = base + lambda * merged of the n <= kMergeBlock elements from `first` on; base may be null (zero). Returns how
-  // many elements wait for a zero_sign that is 0; where out is null, the sum of the signs of the election's sums.
-  // deltas: room for kMergeBlock a source
+  // many elements wait for a zero_sign that is 0. Adds the signs of the election's sums to *signs, if that is wanted; with
+  // an `out` of null no more is done. deltas: room for kMergeBlock a source
   int64_t (*merge)(const T* base, const MergeExpert<T>* experts, int64_t first, int64_t n, const MergeSource<Acc>* sources,
-                   int64_t num_sources, const MergeRule<Acc>& rule, Acc* deltas, T* out);
+                   int64_t num_sources, const MergeRule<Acc>& rule, Acc* deltas, T* out, int64_t* signs);
   // sums of |t| over all and over what is kept, in double
   void (*magnitudes)(const T* base, const MergeExpert<T>& expert, int64_t first, int64_t n, const MergeSource<Acc>& source,
                      double* sums);

@@ -437,6 +437,9 @@ def test_registration():
     sources = (base, experts, *native._sources(experts, kept)[1:])
     torch.library.opcheck(native.merge_op, (*sources, 1, 1, 1.0, 0, 1.0), test_utils=("test_schema", "test_faketensor"))
     torch.library.opcheck(native.kept_magnitudes_op, sources)
+    merged, ranges, _ = native.merge_op(*sources, 1, 1, 1.0, 0, 1.0)
+    utilities = ("test_schema", "test_faketensor")
+    torch.library.opcheck(native.merge_ranges_op, (merged, ranges, *sources, 1, 1, 1.0, 1, 1.0), test_utils=utilities)
     assert native.elected_signs(base, experts, kept) == reference.elected_signs(base, experts, kept)
 
 
@@ -566,3 +569,18 @@ def test_gpu_kernels_merge_task_vectors(backend, kernel_id):
     for options in (dict(method="ties"), dict(method="task_arithmetic", semantics="peft", weights=WEIGHTS[:3])):
         found = merge(base, mixed, **options, backend=backend)
         assert torch.equal(found, merge(base, mixed, **options, backend="reference"))
+
+
+def test_few_undecided_elements_of_a_large_tensor(backend, threads):
+    """Official TIES: sums of zero far apart, in two ranges of blocks of six, take the sign of the majority."""
+    size = 400_000
+    base, experts = models(size, 2)
+    experts[0] += 0.01  # a majority
+    where = torch.tensor([3, 65_535, 65_536, 333_333])
+    experts[1][where] = 2 * base[where] - experts[0][where]
+    for one in ({"w": base}, {"w": base, "other": base[:5]}):  # of one tensor, and of a model of two
+        others = [{name: expert[: one[name].numel()] for name in one} for expert in experts]
+        found = merge(one, others, backend=backend)
+        expected = merge(one, others, backend="reference")
+        assert all(torch.equal(found[name], expected[name]) for name in one)
+        assert bool((found["w"][where] > base[where]).all())

@@ -3,8 +3,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <atomic>
 #include <deque>
+#include <mutex>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -104,22 +104,36 @@ struct Call {
 };
 static_assert(kBlocksPerTask * kMergeBlock % kTernaryBlock == 0);
 
-// The sum of what the kernel returns; writes the merged tensor where there is an `out`.
+// What a run over a tensor finds.
+struct Found {
+  std::vector<int64_t> undecided;  // ranges of kBlocksPerTask blocks in which an element waits for a zero_sign
+  int64_t signs = 0;               // sum of the signs of the election's sums
+};
+
+// Runs over all ranges of blocks, or over some; writes the merged tensor where there is an `out`.
 template <class T>
-int64_t run(const Call<T>& call, const MergeRule<acc_t<T>>& rule, T* out) {
-  std::atomic<int64_t> sum{0};
+Found run(const Call<T>& call, const MergeRule<acc_t<T>>& rule, T* out, bool counts_signs,
+          const std::vector<int64_t>* ranges = nullptr) {
+  Found found;
+  std::mutex lock;
   const int64_t count = static_cast<int64_t>(call.sources.size());
-  parallel_ranges(call.num_blocks(), kBlocksPerTask, [&](int64_t begin, int64_t end) {
+  const int64_t all = (call.num_blocks() + kBlocksPerTask - 1) / kBlocksPerTask;
+  parallel_tasks(ranges == nullptr ? all : static_cast<int64_t>(ranges->size()), [&](int64_t task) {
+    const int64_t range = ranges == nullptr ? task : (*ranges)[static_cast<size_t>(task)];
     Scratch scratch;
     acc_t<T>* deltas = scratch.take<acc_t<T>>(count * kMergeBlock);
-    int64_t here = 0;
+    int64_t undecided = 0, signs = 0;
+    const int64_t begin = range * kBlocksPerTask, end = std::min(begin + kBlocksPerTask, call.num_blocks());
     call.blocks(begin, end, [&](const MergeExpert<T>* experts, int64_t first, int64_t n) {
-      here += merge_kernels<T>().merge(call.base, experts, first, n, call.sources.data(), count, rule, deltas, out);
+      undecided += merge_kernels<T>().merge(call.base, experts, first, n, call.sources.data(), count, rule, deltas, out,
+                                            counts_signs ? &signs : nullptr);
     });
-    sum += here;
+    const std::lock_guard guard(lock);
+    found.signs += signs;
+    if (undecided > 0) found.undecided.push_back(range);
   });
   call.check_whole();
-  return sum;
+  return found;
 }
 
 // What the result is like: task vectors have no dtype of weights.
@@ -128,26 +142,51 @@ const Tensor& like(const std::optional<Tensor>& base, const std::vector<Tensor>&
   return base ? *base : experts[0];
 }
 
-// And how many elements wait for a zero_sign.
-std::tuple<Tensor, int64_t> merge_cpu(std::optional<Tensor> base, std::vector<Tensor> experts, std::vector<double> scales,
-                                      std::vector<int64_t> bounds, std::vector<int64_t> keys, std::vector<double> factors,
-                                      int64_t election, int64_t divisor, double constant, int64_t zero_sign,
-                                      double lambda) {
-  Tensor out = new_result(like(base, experts), {like(base, experts).numel()});
-  int64_t undecided = 0;
-  dispatch_float("merge", like(base, experts).scalar_type(), [&]<class T>() {
-    using Acc = acc_t<T>;
+template <class Acc>
+MergeRule<Acc> rule_of(int64_t election, int64_t divisor, double constant, int64_t zero_sign, double lambda) {
+  return {.election = static_cast<Election>(election),
+          .divisor = static_cast<Divisor>(divisor),
+          .constant = static_cast<Acc>(constant),
+          .zero_sign = static_cast<Acc>(zero_sign),
+          .lambda = static_cast<Acc>(lambda)};
+}
+
+// And the ranges of elements that wait for a zero_sign, for merge_ranges, and the sum of the signs where it is wanted.
+std::tuple<Tensor, Tensor, int64_t> merge_cpu(std::optional<Tensor> base, std::vector<Tensor> experts,
+                                              std::vector<double> scales, std::vector<int64_t> bounds,
+                                              std::vector<int64_t> keys, std::vector<double> factors, int64_t election,
+                                              int64_t divisor, double constant, int64_t zero_sign, double lambda) {
+  const Tensor& model = like(base, experts);
+  Tensor out = new_result(model, {model.numel()}), undecided;
+  int64_t signs = 0;
+  dispatch_float("merge", model.scalar_type(), [&]<class T>() {
     const Call<T> call(base, experts, scales, bounds, keys, factors);
-    undecided = run<T>(
-        call,
-           {.election = static_cast<Election>(election),
-            .divisor = static_cast<Divisor>(divisor),
-            .constant = static_cast<Acc>(constant),
-            .zero_sign = static_cast<Acc>(zero_sign),
-            .lambda = static_cast<Acc>(lambda)},
-           mutable_data<T>(out));
+    const auto rule = rule_of<acc_t<T>>(election, divisor, constant, zero_sign, lambda);
+    const bool waits = rule.election == Election::sign_of_sum && zero_sign == 0;
+    const Found found = run<T>(call, rule, mutable_data<T>(out), waits);
+    signs = found.signs;
+    undecided = torch::stable::new_empty(model, {static_cast<int64_t>(found.undecided.size())}, ScalarType::Long);
+    std::copy(found.undecided.begin(), found.undecided.end(), mutable_data<int64_t>(undecided));
   });
-  return {out, undecided};
+  return {out, undecided, signs};
+}
+
+// Those ranges of `out` again.
+void merge_ranges_cpu(Tensor out, Tensor ranges, std::optional<Tensor> base, std::vector<Tensor> experts,
+                      std::vector<double> scales, std::vector<int64_t> bounds, std::vector<int64_t> keys,
+                      std::vector<double> factors, int64_t election, int64_t divisor, double constant,
+                      int64_t zero_sign, double lambda) {
+  const Tensor& model = like(base, experts);
+  MOE_CHECK(out.is_contiguous() && out.numel() == model.numel() && out.scalar_type() == model.scalar_type(),
+            "merge: out must be contiguous, of the models' shape and dtype");
+  dispatch_float("merge", model.scalar_type(), [&]<class T>() {
+    const Call<T> call(base, experts, scales, bounds, keys, factors);
+    const int64_t* first = data<int64_t>(ranges);
+    const std::vector<int64_t> wanted(first, first + ranges.numel());
+    for (const int64_t range : wanted)
+      MOE_CHECK(range >= 0 && range * kBlocksPerTask < call.num_blocks(), "merge: no such range of elements");
+    run<T>(call, rule_of<acc_t<T>>(election, divisor, constant, zero_sign, lambda), mutable_data<T>(out), false, &wanted);
+  });
 }
 
 // Sum over all elements of the sign of the experts' sum.
@@ -156,7 +195,7 @@ int64_t elected_signs_cpu(std::optional<Tensor> base, std::vector<Tensor> expert
   int64_t signs = 0;
   dispatch_float("merge", like(base, experts).scalar_type(), [&]<class T>() {
     const Call<T> call(base, experts, scales, bounds, keys, factors);
-    signs = run<T>(call, {Election::sign_of_sum, Divisor::one, 1, 0, 1}, nullptr);
+    signs = run<T>(call, {Election::sign_of_sum, Divisor::one, 1, 1, 1}, nullptr, true).signs;
   });
   return signs;
 }
@@ -195,6 +234,7 @@ Tensor kept_magnitudes_cpu(std::optional<Tensor> base, std::vector<Tensor> exper
 
 STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
   m.impl("merge", TORCH_BOX(&moe::merge_cpu));
+  m.impl("merge_ranges", TORCH_BOX(&moe::merge_ranges_cpu));
   m.impl("elected_signs", TORCH_BOX(&moe::elected_signs_cpu));
   m.impl("kept_magnitudes", TORCH_BOX(&moe::kept_magnitudes_cpu));
 }

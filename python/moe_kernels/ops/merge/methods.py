@@ -12,7 +12,7 @@ from moe_kernels._checks import value_error
 from moe_kernels._dispatch import resolve
 from moe_kernels.ops.merge import native, reference
 from moe_kernels.ops.merge.parts import Parts, breadcrumbs, della, sce
-from moe_kernels.ops.merge.recipe import ALL, END, Expert, Recipe, Source, random_key
+from moe_kernels.ops.merge.recipe import ALL, END, Expert, Recipe, Source, Undecided, random_key
 from moe_kernels.ops.task_vector.api import decompress
 from moe_kernels.ops.task_vector.magnitudes import INFINITY, LOW_BITS, rank, threshold
 from moe_kernels.ops.task_vector.packed import PackedDelta
@@ -86,7 +86,7 @@ class WholeModel:
     which is found when it is asked for."""
 
     thresholds: list[int] = field(default_factory=list)
-    zero_sign: Callable[[], int] = int
+    zero_sign: Callable[[int], int] = int
 
 
 def check_settings(op: str, settings: Settings) -> None:
@@ -167,8 +167,12 @@ def prepare(op: str, settings: Settings, names: list[str], load: Callable, progr
         found = zip(ranks, low, strict=True)
         whole.thresholds = [prefix << LOW_BITS | rank(counts, keep - above)[0] for (prefix, above), counts in found]
 
+    def zero_sign(signs: int) -> int:
+        """``signs``: the sum of one tensor's, which may be all of the model."""
+        return (signs > 0) - (signs < 0) if len(names) == 1 else of_model()
+
     @functools.cache
-    def zero_sign() -> int:
+    def of_model() -> int:
         """One more pass, for the few models in which experts cancel out exactly."""
         signs = [0]
 
@@ -213,9 +217,9 @@ def merge_one(
     linear = settings.method == "linear"
     recipe = _recipe(op, settings, whole, name, base, experts, weights)
     merged, undecided = merge(None if linear else base, experts, recipe)
-    if undecided:
-        recipe.zero_sign = whole.zero_sign()
-        merged, _ = merge(base, experts, recipe)
+    if undecided is not None:
+        recipe.zero_sign = whole.zero_sign(undecided.signs)
+        _decide_(op, settings, merged, undecided, base, experts, recipe)
     return merged
 
 
@@ -234,6 +238,13 @@ def _merge(op: str, settings: Settings, base: Tensor | None, experts: list[Exper
             remedy = "pass backend='reference'"
             raise value_error(op, "experts", "whole tensors or ternary for the Triton kernel", "values", remedy)
     return triton.merge(base, [decompress(e) if isinstance(e, PackedDelta) else e for e in experts], recipe)
+
+
+def _decide_(op: str, settings: Settings, merged: Tensor, undecided: Undecided, base, experts, recipe: Recipe) -> None:
+    if resolve(op, settings.backend, merged.device.type) == "triton":
+        merged.copy_(_merge(op, settings, base, experts, recipe)[0])
+    else:
+        _kernels(op, settings, merged).decide_(merged, undecided, base, experts, recipe)
 
 
 def _counts(op: str, settings: Settings, name: str, expert: Tensor, base: Tensor | None) -> Tensor:

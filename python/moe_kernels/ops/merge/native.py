@@ -3,20 +3,23 @@
 import torch
 from torch import Tensor
 
-from moe_kernels.ops.merge.recipe import DIVISORS, ELECTIONS, Expert, Recipe, held
+from moe_kernels.ops.merge.recipe import DIVISORS, ELECTIONS, Expert, Recipe, Undecided, held
 from moe_kernels.ops.task_vector.native import count_magnitudes, count_window, end_of_ties
 
-__all__ = ["count_magnitudes", "count_window", "elected_signs", "end_of_ties", "kept_magnitudes", "merge"]
+__all__ = ["count_magnitudes", "count_window", "decide_", "elected_signs", "end_of_ties", "kept_magnitudes", "merge"]
 
 _SOURCES = "Tensor? base, Tensor[] experts, float[] scales, int[] bounds, int[] keys, float[] factors"
+_RULE = "int election, int divisor, float constant, int zero_sign, float lambda_"
 torch.library.define(
     "moe_kernels::merge",
-    f"({_SOURCES}, int election, int divisor, float constant, int zero_sign, float lambda_) -> (Tensor, int)",
+    f"({_SOURCES}, {_RULE}) -> (Tensor, Tensor, int)",
 )
+torch.library.define("moe_kernels::merge_ranges", f"(Tensor(a!) out, Tensor ranges, {_SOURCES}, {_RULE}) -> ()")
 torch.library.define("moe_kernels::elected_signs", f"({_SOURCES}) -> int")
 torch.library.define("moe_kernels::kept_magnitudes", f"({_SOURCES}) -> Tensor")
 
 merge_op = torch.ops.moe_kernels.merge.default
+merge_ranges_op = torch.ops.moe_kernels.merge_ranges.default
 elected_signs_op = torch.ops.moe_kernels.elected_signs.default
 kept_magnitudes_op = torch.ops.moe_kernels.kept_magnitudes.default
 
@@ -24,7 +27,13 @@ kept_magnitudes_op = torch.ops.moe_kernels.kept_magnitudes.default
 @torch.library.register_fake("moe_kernels::merge")
 def _(base, experts, *rest):
     like = experts[0] if base is None else base
-    return like.new_empty(like.numel()), 0
+    ranges = like.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
+    return like.new_empty(like.numel()), ranges, 0
+
+
+@torch.library.register_fake("moe_kernels::merge_ranges")
+def _(out, ranges, *rest):
+    return None
 
 
 @torch.library.register_fake("moe_kernels::kept_magnitudes")
@@ -40,10 +49,20 @@ def _sources(experts: list[Expert], recipe: Recipe) -> tuple:
     return tensors, scales, bounds, [source.key for source in recipe.sources], factors
 
 
-def merge(base: Tensor | None, experts: list[Expert], recipe: Recipe) -> tuple[Tensor, int]:
+def merge(base: Tensor | None, experts: list[Expert], recipe: Recipe) -> tuple[Tensor, Undecided | None]:
+    merged, undecided, signs = merge_op(base, *_sources(experts, recipe), *_rule(recipe))
+    merged = merged.view((experts[0] if base is None else base).shape)
+    return merged, Undecided(undecided, signs) if undecided.numel() else None
+
+
+def decide_(merged: Tensor, undecided: Undecided, base: Tensor | None, experts: list[Expert], recipe: Recipe) -> None:
+    """The elements that waited for a ``zero_sign``, which the recipe has now."""
+    merge_ranges_op(merged, undecided.where, base, *_sources(experts, recipe), *_rule(recipe))
+
+
+def _rule(recipe: Recipe) -> tuple:
     rule = (ELECTIONS.index(recipe.election), DIVISORS.index(recipe.divisor), float(recipe.constant))
-    merged, undecided = merge_op(base, *_sources(experts, recipe), *rule, recipe.zero_sign, float(recipe.lambda_))
-    return merged.view((experts[0] if base is None else base).shape), undecided
+    return *rule, recipe.zero_sign, float(recipe.lambda_)
 
 
 def elected_signs(base: Tensor | None, experts: list[Expert], recipe: Recipe) -> int:

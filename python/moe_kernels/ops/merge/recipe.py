@@ -17,6 +17,7 @@ order of tensors nor threads nor the device change it.
 
 import hashlib
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -74,6 +75,18 @@ class Recipe:
     constant: float = 1.0
     zero_sign: int = 0
     lambda_: float = 1.0
+
+
+class Undecided(NamedTuple):
+    """What a merge says of elements that wait for a ``zero_sign``: sums of zero of entries that are not all zero.
+
+    Attributes:
+        where: they are; what it holds is the backend's own.
+        signs: the sum over all elements of the sign of the experts' sum.
+    """
+
+    where: Tensor
+    signs: int
 
 
 def random_key(seed: int, name: str, expert: int) -> int:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moe_kernels.ops.merge.recipe import ALL, Expert, Recipe, Source
+from moe_kernels.ops.merge.recipe import ALL, Expert, Recipe, Source, Undecided
 from moe_kernels.ops.task_vector.reference import (
     accumulator,
     count_magnitudes,
@@ -17,6 +17,7 @@ __all__ = [
     "accumulator",
     "count_magnitudes",
     "count_window",
+    "decide_",
     "differences",
     "della_probabilities",
     "elected_signs",
@@ -81,8 +82,8 @@ def _terms(base: Tensor | None, experts: list[Expert], recipe: Recipe) -> list[T
     return [_kept(base, expert, source) * torch.tensor(source.before, dtype=acc) for expert, source in pairs]
 
 
-def merge(base: Tensor | None, experts: list[Expert], recipe: Recipe) -> tuple[Tensor, int]:
-    """And how many elements wait for a ``zero_sign``: sums of zero of entries that are not all zero."""
+def merge(base: Tensor | None, experts: list[Expert], recipe: Recipe) -> tuple[Tensor, Undecided | None]:
+    """And what of it waits for a ``zero_sign``."""
     like = _like(base, experts)
     acc = accumulator(like.dtype)
     entries = _terms(base, experts, recipe)
@@ -109,10 +110,16 @@ def merge(base: Tensor | None, experts: list[Expert], recipe: Recipe) -> tuple[T
     total = total * torch.tensor(recipe.lambda_, dtype=acc)
     if base is not None:
         total = base.reshape(-1).to(acc) + total
-    undecided = 0
-    if recipe.election == "sign_of_sum":
-        undecided = int(((elected == 0) & torch.stack([term != 0 for term in entries]).any(0)).sum())
-    return total.to(like.dtype).view(like.shape), undecided
+    merged, undecided = total.to(like.dtype).view(like.shape), None
+    if recipe.election == "sign_of_sum" and recipe.zero_sign == 0:
+        waits = (elected == 0) & torch.stack([term != 0 for term in entries]).any(0)
+        if bool(waits.any()):
+            undecided = Undecided(waits.view(like.shape), int(elected.sign().sum()))
+    return merged, undecided
+
+
+def decide_(merged: Tensor, undecided: Undecided, base: Tensor | None, experts: list[Expert], recipe: Recipe) -> None:
+    merged.copy_(merge(base, experts, recipe)[0])
 
 
 def elected_signs(base: Tensor | None, experts: list[Expert], recipe: Recipe) -> int:

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.random import philox_impl
 
-from moe_kernels.ops.merge.recipe import ALL, DIVISORS, ELECTIONS, Recipe
+from moe_kernels.ops.merge.recipe import ALL, DIVISORS, ELECTIONS, Recipe, Undecided
 from moe_kernels.ops.task_vector.ternary import TernaryDelta
 
 BLOCK = 512  # elements of a program: 4 a thread; with 8 a quarter of the occupancy (255 registers)
@@ -77,7 +77,7 @@ def _merge_kernel(
     factors_ptr,  # [num_experts, 5]
     rule_ptr,  # constant, zero_sign, lambda
     out_ptr,
-    undecided_ptr,  # [programs] int32
+    found_ptr,  # [programs, 2] int32: undecided elements, the sum of the signs
     numel,
     NUM_EXPERTS: tl.constexpr,
     ARE_TERNARY: tl.constexpr,  # bit k: of expert k
@@ -105,7 +105,9 @@ def _merge_kernel(
             elected += t
             some |= (t != 0).to(tl.int32)
         if ELECTION == 1:
-            tl.store(undecided_ptr + tl.program_id(0), tl.sum(tl.where(elected == 0, some, 0), 0))
+            found = found_ptr + 2 * tl.program_id(0)
+            tl.store(found, tl.sum(tl.where(elected == 0, some, 0), 0))
+            tl.store(found + 1, tl.sum((elected > 0).to(tl.int32) - (elected < 0).to(tl.int32), 0))
             elected = tl.where(elected == 0, tl.load(rule_ptr + 1), elected)
     for k in tl.static_range(NUM_EXPERTS):
         t = _term(
@@ -134,13 +136,13 @@ def _merge_kernel(
     tl.store(out_ptr + elements, total.to(out_ptr.dtype.element_ty), mask=elements < numel)
 
 
-def merge(base: Tensor | None, experts: list[Tensor | TernaryDelta], recipe: Recipe) -> tuple[Tensor, int]:
+def merge(base: Tensor | None, experts: list[Tensor | TernaryDelta], recipe: Recipe) -> tuple[Tensor, Undecided | None]:
     """The host waits for the device where an election may leave elements undecided."""
     like = experts[0] if base is None else base
     acc = torch.float64 if like.dtype == torch.float64 else torch.float32
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     if like.numel() == 0:
-        return out, 0
+        return out, None
     tensors = [expert.planes if isinstance(expert, TernaryDelta) else expert for expert in experts]
 
     def to_device(values: list, dtype: torch.dtype) -> Tensor:
@@ -156,14 +158,16 @@ def merge(base: Tensor | None, experts: list[Tensor | TernaryDelta], recipe: Rec
     ]
     rule = to_device([recipe.constant, recipe.zero_sign, recipe.lambda_], acc)
     programs = triton.cdiv(like.numel(), BLOCK)
-    undecided = torch.zeros(programs, dtype=torch.int32, device=like.device)
+    found = torch.zeros(programs, 2, dtype=torch.int32, device=like.device)
     with torch.cuda.device_of(like):
         _merge_kernel[(programs,)](
-            like, tuple(tensors), *sources, rule, out, undecided, like.numel(),
+            like, tuple(tensors), *sources, rule, out, found, like.numel(),
             NUM_EXPERTS=len(experts), ARE_TERNARY=are_ternary, HAS_RANDOM=has_random, HAS_BASE=base is not None,
             ELECTION=ELECTIONS.index(recipe.election), DIVISOR=DIVISORS.index(recipe.divisor),
             ACC=tl.float64 if acc == torch.float64 else tl.float32, BLOCK=BLOCK,
             enable_fp_fusion=False,  # the products are rounded, as everywhere
         )  # fmt: skip
-    waits = recipe.election == "sign_of_sum" and recipe.zero_sign == 0
-    return out, int(undecided.sum()) if waits else 0
+    if recipe.election != "sign_of_sum" or recipe.zero_sign != 0:
+        return out, None
+    undecided, signs = found.sum(0).tolist()
+    return out, Undecided(found, signs) if undecided else None
