@@ -138,7 +138,7 @@ MOE_INLINE VecBits<Acc> select_lanes(VecBits<Acc> lanes, VecBits<Acc> yes, VecBi
 
 // The sums of one group's vectors of lanes; returns the elements where any t is not zero.
 template <class T>
-MOE_INLINE uint64_t sum_group(const TernarySource<acc_t<T>>* sources, int64_t num_sources, int64_t group, uint64_t valid,
+MOE_INLINE uint64_t sum_group(const VectorSource<acc_t<T>>* sources, int64_t num_sources, int64_t group, uint64_t valid,
                               Vec<acc_t<T>>* sums) {
   using Acc = acc_t<T>;
   uint64_t touched = 0;
@@ -209,7 +209,7 @@ MOE_INLINE void add_sums_bf16(bf16* w, const Vec<float>* sums, uint64_t touched)
 #endif
 
 template <class T>
-static void apply(T* weight, int64_t n, const TernarySource<acc_t<T>>* sources, int64_t num_sources) {
+static void apply(T* weight, int64_t n, const VectorSource<acc_t<T>>* sources, int64_t num_sources) {
   each_group(weight, n, [&](T* w, int64_t group, uint64_t valid) {
     Vec<acc_t<T>> sums[kVectorsOfGroup<T>];
     const uint64_t touched = sum_group<T>(sources, num_sources, group, valid, sums);
@@ -256,7 +256,7 @@ MOE_INLINE uint64_t read_bits(const uint64_t* string, int64_t at, int64_t count)
 }
 
 template <class T>
-static int64_t apply_undoable(T* weight, int64_t n, const TernarySource<acc_t<T>>* sources, int64_t num_sources,
+static int64_t apply_undoable(T* weight, int64_t n, const VectorSource<acc_t<T>>* sources, int64_t num_sources,
                               const UndoStream<T>& undo) {
   using Acc = acc_t<T>;
   int64_t at = 0, num_kept = 0;
@@ -290,7 +290,7 @@ static int64_t apply_undoable(T* weight, int64_t n, const TernarySource<acc_t<T>
 }
 
 template <class T>
-static void unapply(T* weight, int64_t n, const TernarySource<acc_t<T>>* sources, int64_t num_sources,
+static void unapply(T* weight, int64_t n, const VectorSource<acc_t<T>>* sources, int64_t num_sources,
                     const UndoStream<T>& undo) {
   using Acc = acc_t<T>;
   int64_t at = 0, num_kept = 0;

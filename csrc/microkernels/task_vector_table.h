@@ -12,12 +12,16 @@ constexpr int64_t kTernaryGroup = 64;
 // Elements that are worked on at once: the block of the packed format, whose planes (1 KiB a vector) stay in the L1 cache.
 constexpr int64_t kTernaryBlock = 4096;
 
-// One vector's planes of a block, two words a group, and the value of t = 1. Of a vector whose t are no signs `terms` has
-// value t of each element that is not zero, and is null for others.
+// One ternary vector's planes of a block, two words a group, and the value of t = 1.
 template <class Acc>
 struct TernarySource {
   const uint64_t* planes;
   Acc value;
+};
+
+// One vector; of one whose t are no signs `terms` has value t of each element that is not zero, and is null for others.
+template <class Acc>
+struct VectorSource : TernarySource<Acc> {
   const Acc* terms = nullptr;
 };
 
@@ -81,11 +85,11 @@ struct TaskVectorKernels {
   using Acc = acc_t<T>;
   void (*differences)(const T* x, const T* base, int64_t n, float* t);
   // w = round(w + s), s = sum_i value_i t_i in order in Acc, where any t is not zero and w is not NaN. n <= kTernaryBlock
-  void (*apply)(T* weight, int64_t n, const TernarySource<Acc>* sources, int64_t num_sources);
+  void (*apply)(T* weight, int64_t n, const VectorSource<Acc>* sources, int64_t num_sources);
   // and writes what takes it back; returns the number of kept
-  int64_t (*apply_undoable)(T* weight, int64_t n, const TernarySource<Acc>* sources, int64_t num_sources,
+  int64_t (*apply_undoable)(T* weight, int64_t n, const VectorSource<Acc>* sources, int64_t num_sources,
                             const UndoStream<T>& undo);
-  void (*unapply)(T* weight, int64_t n, const TernarySource<Acc>* sources, int64_t num_sources, const UndoStream<T>& undo);
+  void (*unapply)(T* weight, int64_t n, const VectorSource<Acc>* sources, int64_t num_sources, const UndoStream<T>& undo);
   // terms = value t of the elements that the planes have, from `count` magnitudes; false where one is not in [0, 1]
   bool (*decode_magnitudes)(const uint8_t* bytes, PackedDtype dtype, int64_t size, const uint64_t* planes, Acc value, Acc* terms);
   // planes of where the bits differ and of which go down; returns the bits of encode_steps

@@ -131,6 +131,7 @@ TRITON_KERNELS = {
     "collect_kept": {"_collect_kernel": 0},
     "unapply_ternary": {"_unapply_kernel": 2},
     "merge": {"_merge_kernel": 0},  # 64 bits of bfloat16: with more of them a quarter of the occupancy
+    "unpack_ternary": {"_unpack_kernel": 0},
     "ternary_linear": {"_ternary_linear_kernel": 1},
     "route": {"_route_kernel": 0},
     "route of groups": {"_route_kernel": 0},
@@ -146,6 +147,7 @@ def _triton_launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     from moe_kernels.ops.permute import triton as permute
     from moe_kernels.ops.route import triton as route
     from moe_kernels.ops.task_vector import triton as task_vector
+    from moe_kernels.ops.task_vector import unpack_triton
     from moe_kernels.ops.ternary_linear import triton as ternary_linear
 
     weight, planes = torch.zeros(8192, dtype=dtype), torch.ones(128, 2, dtype=torch.int64)
@@ -168,6 +170,10 @@ def _triton_launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "collect_kept": lambda: task_vector._collect_kernel[(2,)](weight, undo[0], undo[3], undo[2], BLOCK=128),
         "unapply_ternary": lambda: task_vector.unapply_ternary(weight, [planes], [1.0], *undo),
         "merge": lambda: merge.merge(weight, [weight] * 8, recipe.Recipe([recipe.Source()] * 8, "sign_of_sum")),
+        "unpack_ternary": lambda: unpack_triton._unpack_kernel[(2,)](
+            torch.zeros(1024, dtype=torch.uint8), planes.int().view(-1), undo[0], 192, 512, 8192,
+            HEADER_BYTES=128, BLOCK=4096, BITS=unpack_triton.BITS,
+        ),
         "ternary_linear": lambda: ternary_linear.ternary_linear(
             x, x.new_zeros(2048, 2048), [torch.zeros(2**16, 2).long()] * 2, [1.0] * 2, ids[:, :1], None, None
         ),

@@ -20,7 +20,7 @@ class TernarySources {
     MOE_CHECK(deltas.size() == values.size(), op, ": there must be as many coefficients as deltas");
     const int64_t groups = (numel + kTernaryGroup - 1) / kTernaryGroup;
     for (size_t i = 0; i < deltas.size(); ++i) {
-      all_.push_back({nullptr, static_cast<Acc>(values[i]), nullptr});
+      all_.push_back({{nullptr, static_cast<Acc>(values[i])}, nullptr});
       packed_.emplace_back();
       if (deltas[i].scalar_type() == ScalarType::Byte) {
         packed_[i].emplace(op, deltas[i]);
@@ -42,8 +42,8 @@ class TernarySources {
   int64_t block_size(int64_t block) const { return std::min(kTernaryBlock, numel_ - block * kTernaryBlock); }
 
   // The sources of one block; valid until this thread asks again. A packed block that is damaged counts as zero.
-  const TernarySource<Acc>* block(int64_t block) const {
-    static thread_local std::vector<TernarySource<Acc>> here;
+  const VectorSource<Acc>* block(int64_t block) const {
+    static thread_local std::vector<VectorSource<Acc>> here;
     static thread_local std::vector<uint64_t> decoded;
     static thread_local std::vector<Acc> terms;
     here = all_;
@@ -90,7 +90,7 @@ class TernarySources {
  private:
   static constexpr int64_t kWords = kTernaryBlock / kTernaryGroup * 2;
   int64_t numel_;
-  std::vector<TernarySource<Acc>> all_;
+  std::vector<VectorSource<Acc>> all_;
   std::vector<std::optional<PackedView>> packed_;
   bool has_terms_ = false;
   mutable std::atomic<bool> damaged_{false};

@@ -133,6 +133,9 @@ def decompress(
 ) -> TernaryDelta | dict[str, TernaryDelta]:
     """Bit planes of a packed ternary task vector, or of each one of a state dict: 2 bits a parameter, fast to use.
 
+    On a GPU Triton's kernel reads the blocks where they lie, and the host waits for the device once; the checksum,
+    which was looked at when the bytes were read (:meth:`PackedDelta.from_bytes`), is not looked at again.
+
     Raises:
         ValueError: the bytes are damaged, or t is no sign: of those there is ``packed.dense()``.
     """
@@ -209,8 +212,16 @@ def read_packed(packed: PackedDelta, backend: Backend = "auto") -> tuple[Tensor,
     Raises:
         ValueError: the bytes are damaged.
     """
+    if packed.values is None and (packed.device.type == "cuda" or backend == "triton"):
+        if resolve("decompress", backend, packed.device.type) == "triton":
+            from moe_kernels.ops.task_vector import unpack_triton  # imported when it is first asked for
+
+            try:
+                return unpack_triton.unpack_ternary(packed.data, packed.numel, packed.nnz), None
+            except RuntimeError as error:
+                raise ValueError(str(error)) from None
     # a file's format, made and read on the host: other devices get the planes
-    data = packed.data.cpu()
+    data, backend = packed.data.cpu(), "auto" if backend == "triton" else backend
     kernels = reference if resolve("decompress", backend, "cpu") == "reference" else native
     try:
         if packed.values is None:
