@@ -8,8 +8,11 @@ import torch
 
 from moe_kernels import (
     Activation,
+    PackedDelta,
     TernaryDelta,
     apply_,
+    compress,
+    decompress,
     expert_ffn,
     grouped_gemm,
     merge,
@@ -152,12 +155,35 @@ def exercise_ternary_linear(backend: str) -> None:
     assert bool((out[2] == float("inf")).all()), "a product with a delta that is not the token's"
 
 
+def exercise_unpack(backend: str) -> None:
+    """Every mode of block, the last one ragged; then a block that ends too early."""
+    signs = [torch.zeros(4096) for _ in range(4)]
+    signs[0][::20], signs[1][1::2], signs[3][:] = torch.randn(205), torch.randn(2048), torch.randn(4096)
+    signs[2] = torch.where(torch.arange(4096) % 20 == 0, 0, torch.randn(4096))
+    packed = compress(torch.cat([*signs, (torch.randn(300) * (torch.rand(300) < 0.1))]), 1.0)
+    expected = decompress(packed, backend="reference").planes
+    assert _planes_of(packed.data, backend) == expected.tolist(), "planes"
+    payload = int(packed.data[40:48].view(torch.int64))
+    for at, octets in ((128 + 6, [int(packed.data[128 + 6]) % 16 + 11 * 16]), (payload, [255, 255])):
+        damaged = packed.data.clone()  # k of the first block; its first gaps: the last positions leave it
+        damaged[at : at + len(octets)] = torch.tensor(octets, dtype=torch.uint8)
+        assert _planes_of(damaged, backend) is None, "a damaged block was not found"
+
+
+def _planes_of(data: torch.Tensor, backend: str) -> list | None:
+    try:
+        return decompress(PackedDelta.from_header(data), backend=backend).planes.tolist()
+    except ValueError:
+        return None
+
+
 #: rooms that have Triton kernels alone
 TRITON_EXERCISES = {
     "grouped_gemm": exercise_grouped_gemm,
     "expert_ffn": exercise_expert_ffn,
     "merge": exercise_merge,
     "ternary_linear": exercise_ternary_linear,
+    "unpack": exercise_unpack,
 }
 EXERCISES: dict[str, Callable[[str], None]] = {
     "one tile": lambda backend: exercise_plan(backend, 500, 9, 4),

@@ -16,14 +16,18 @@ import moe_kernels.ops.grouped_gemm
 import moe_kernels.ops.merge
 import moe_kernels.ops.permute
 import moe_kernels.ops.route
+import moe_kernels.ops.task_vector
 import moe_kernels.ops.ternary_linear
 
 from .exercises import report_of
 
 ROOMS = {
     name: getattr(moe_kernels.ops, name)
-    for name in ("permute", "route", "grouped_gemm", "expert_ffn", "merge", "ternary_linear")
+    for name in ("permute", "route", "grouped_gemm", "expert_ffn", "merge", "ternary_linear", "task_vector")
 }
+
+#: exercise -> room and file, where they are not the exercise's own room and triton.py
+FILES = {"unpack": ("task_vector", "unpack_triton")}
 
 #: exercise, what is changed, what is taken out, what comes in; the first place that has it
 MUTANTS = [
@@ -90,6 +94,14 @@ MUTANTS = [
     ("ternary_linear", "the bias in every launch", "HAS_BIAS=last and bias is not None", "HAS_BIAS=bias is not None"),
     ("ternary_linear", "columns past the last", "both_inside = inside[:, None] & c_inside[None, :]", "both_inside = inside[:, None]"),
     ("ternary_linear", "the delta used last counts", "factors + weight * of_delta", "weight * of_delta"),
+    ("unpack", "bits before the payload", "mask=wanted & (at >= 0) & (at < limit), other=0)", "mask=wanted & (at < limit + 1024), other=0)"),
+    ("unpack", "ones of the chunks before", "rank = before + tl.cumsum", "rank = tl.cumsum"),
+    ("unpack", "low parts of the chunks before", "low_before += tl.sum(low, 0)", "low_before += 0 * tl.sum(low, 0)"),
+    ("unpack", "a low part without its own", "low_before + tl.cumsum(low, 0) + rank", "low_before + tl.cumsum(low, 0) - low + rank"),
+    ("unpack", "ones that are no codes", "coded = (bits != 0) & (rank < number)", "coded = bits != 0"),
+    ("unpack", "positions that leave the block", "whole &= tl.sum((coded & (position >= size)).to(tl.int32), 0) == 0", "whole &= number > 0"),
+    ("unpack", "signs of the zeros", "nonzero = tl.where(mode == 4, 1 - zeros, 1)", "nonzero = tl.where(mode == 4, zeros, 1)"),
+    ("unpack", "signs from the first bit", "        signs_at = end", "        signs_at = unary"),
     # strides
     ("one tile", "token and slot swapped", "* token_stride + (pairs - tokens * top_k).to(tl.int64) * slot_stride",
      "* slot_stride + (pairs - tokens * top_k).to(tl.int64) * token_stride"),
@@ -105,8 +117,8 @@ def use(monkeypatch, folder: Path, exercise: str, out: str = "", into: str = "")
     Blocks of columns are short, so that a short row takes several.
     """
     triton_on_ptx.redirect(monkeypatch)
-    room = exercise if exercise in ROOMS else "permute"
-    text = Path(ROOMS[room].__path__[0], "triton.py").read_text()
+    room, file = FILES.get(exercise, (exercise if exercise in ROOMS else "permute", "triton"))
+    text = Path(ROOMS[room].__path__[0], f"{file}.py").read_text()
     assert out in text, "the kernel has changed: change the mutant with it"
     changed = folder / f"{room}_changed.py"
     text = text.replace(out, into, 1).replace("MAX_BLOCK_HIDDEN = 2048", "MAX_BLOCK_HIDDEN = 128")
@@ -116,11 +128,12 @@ def use(monkeypatch, folder: Path, exercise: str, out: str = "", into: str = "")
     spec = importlib.util.spec_from_file_location(changed.stem, changed)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(ROOMS[room], "triton", module, raising=False)
+    monkeypatch.setattr(ROOMS[room], file, module, raising=False)
 
 
 @pytest.mark.parametrize(
-    "exercise", ["one tile", "two tiles", "permute", "route", "grouped_gemm", "expert_ffn", "merge", "ternary_linear"]
+    "exercise",
+    ["one tile", "two tiles", "permute", "route", "grouped_gemm", "expert_ffn", "merge", "ternary_linear", "unpack"],
 )
 def test_unchanged_source_passes(exercise, monkeypatch, tmp_path):
     use(monkeypatch, tmp_path, exercise)
