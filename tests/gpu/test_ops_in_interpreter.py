@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.slow
 @pytest.mark.skipif(_extension.triton_missing_reason() is not None, reason=str(_extension.triton_missing_reason()))
-@pytest.mark.parametrize("room", ["permute", "route", "grouped_gemm", "expert_ffn", "task_vector"])
+@pytest.mark.parametrize("room", ["permute", "route", "grouped_gemm", "expert_ffn", "task_vector", "routed_lora"])
 def test_ops_in_the_interpreter(room):
     command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/ops/test_{room}.py", "-k", "triton-cpu"]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
