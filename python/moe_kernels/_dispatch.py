@@ -21,7 +21,10 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
 CUDA_OPS = frozenset(
     {"plan_dispatch", "permute", "unpermute", "route", "route_weights", "expert_ffn", "apply_", "unapply_"}
 )
-TRITON_OPS = CUDA_OPS | {"grouped_gemm", "expert_ffn with gradients", "merge", "ternary_linear", "decompress"}
+TRITON_OPS = CUDA_OPS | {
+    "grouped_gemm", "expert_ffn with gradients", "routed_lora", "lora_shrink", "lora_expand", "merge", "ternary_linear",
+    "decompress",
+}  # fmt: skip
 #: of CUDA_OPS, those whose kernels are for compute capability 9.0 (H100, H200) alone
 SM90_OPS = frozenset({"expert_ffn"})
 

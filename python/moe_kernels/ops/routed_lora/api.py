@@ -147,11 +147,14 @@ def routed_lora(
             diagonal=diagonal, row_scale=row_scale, reduce=reduce, sparse=sparse,
         )  # fmt: skip
     table = (rank_starts, ranks)
+    plain = combine == "output" and activation == "identity" and diagonal is None and row_scale is None and reduce
+    if backend == "triton" and plain and x.dim() == 2 and sparse is None:
+        return _fused(backend, x, lora_a, lora_b, table, adapter_ids, adapter_weights, scaling, base, max_rank)
     if x.dim() == 3:
-        v = _shrink(x.flatten(0, 1), lora_a, *table, adapter_ids.reshape(-1, 1), max_rank)
+        v = _shrink(backend, x.flatten(0, 1), lora_a, *table, adapter_ids.reshape(-1, 1), max_rank)
         v = v.reshape(num_tokens, top_k, max_rank)
     else:
-        v = _shrink(x, lora_a, *table, adapter_ids, max_rank)
+        v = _shrink(backend, x, lora_a, *table, adapter_ids, max_rank)
     if sparse is not None:  # only now: lora_shrink has refused ids that name no adapter
         base = _add_sparse(x, adapter_ids, adapter_weights, rows, columns, values, base, out_features)
     if combine == "factor":
@@ -163,8 +166,9 @@ def routed_lora(
         if diagonal is not None:
             v = v * reference.gather_rows(diagonal, rank_starts, adapter_ids, max_rank, mask).to(v.dtype)
     if reduce and row_scale is None:
-        return _expand(v, lora_b, *table, adapter_ids, adapter_weights, scaling, base)
-    pairs = _expand(v.reshape(-1, 1, max_rank), lora_b, *table, adapter_ids.reshape(-1, 1), None, scaling, None)
+        return _expand(backend, v, lora_b, *table, adapter_ids, adapter_weights, scaling, base)
+    pairs = v.reshape(-1, 1, max_rank)
+    pairs = _expand(backend, pairs, lora_b, *table, adapter_ids.reshape(-1, 1), None, scaling, None)
     pairs = pairs.reshape(num_tokens, top_k, out_features)
     if not reduce:
         return pairs
@@ -208,9 +212,10 @@ def lora_shrink(
     adapter_ids, _ = _check_pairs(op, x, adapter_ids, None)
     _, max_rank = _check_factor(op, "lora_a", x, lora_a, ranks, rank_starts, max_rank)
     check_same_device(op, x=x, lora_a=lora_a, adapter_ids=adapter_ids, ranks=ranks, rank_starts=rank_starts)
-    if resolve(op, backend, x.device.type) == "reference":
+    backend = resolve(op, backend, x.device.type)
+    if backend == "reference":
         return reference.lora_shrink(x, lora_a, rank_starts, ranks, adapter_ids, max_rank)
-    return _shrink(x, lora_a, rank_starts, ranks, adapter_ids, max_rank)
+    return _shrink(backend, x, lora_a, rank_starts, ranks, adapter_ids, max_rank)
 
 
 def lora_expand(
@@ -258,9 +263,10 @@ def lora_expand(
         op, v=v, lora_b=lora_b, adapter_ids=adapter_ids, adapter_weights=adapter_weights, ranks=ranks, scaling=scaling,
         rank_starts=rank_starts, base=base,
     )  # fmt: skip
-    if resolve(op, backend, v.device.type) == "reference":
+    backend = resolve(op, backend, v.device.type)
+    if backend == "reference":
         return reference.lora_expand(v, factor, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base)
-    return _expand(v, factor, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base)
+    return _expand(backend, v, factor, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base)
 
 
 def _slices(x, lora_a, lora_b, adapter_ids, adapter_weights, base, reduce, row_scale, diagonal, **arguments) -> Tensor:
@@ -299,18 +305,28 @@ def _add_sparse(x, adapter_ids, adapter_weights, rows, columns, values, base, ou
     return total if base is None else torch.where(used.any(1, keepdim=True), total, base)
 
 
-def _shrink(x: Tensor, factor: Tensor, *arguments) -> Tensor:
-    if torch.is_grad_enabled() and (x.requires_grad or factor.requires_grad):
-        return autograd.LoraShrink.apply(x, factor, *arguments)
-    return native.lora_shrink(x, factor, *arguments)
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _expand(v, factor, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base) -> Tensor:
+def _shrink(backend: str, x: Tensor, factor: Tensor, *arguments) -> Tensor:
+    if _needs_grad(x, factor):
+        return autograd.LoraShrink.apply(x, factor, *arguments, backend)
+    return autograd.kernels(backend).lora_shrink(x, factor, *arguments)
+
+
+def _expand(backend: str, v, factor, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base) -> Tensor:
     arguments = (v, factor, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base)
-    differentiable = (v, factor, adapter_weights, scaling, base)
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in differentiable):
-        return autograd.LoraExpand.apply(*arguments)
-    return native.lora_expand(*arguments)
+    if _needs_grad(v, factor, adapter_weights, scaling, base):
+        return autograd.LoraExpand.apply(*arguments, backend)
+    return autograd.kernels(backend).lora_expand(*arguments)
+
+
+def _fused(backend: str, x, lora_a, lora_b, table, adapter_ids, adapter_weights, scaling, base, max_rank) -> Tensor:
+    arguments = (x, lora_a, lora_b, *table, adapter_ids, adapter_weights, scaling, base, max_rank)
+    if _needs_grad(x, lora_a, lora_b, adapter_weights, scaling, base):
+        return autograd.RoutedLora.apply(*arguments, backend)
+    return autograd.kernels(backend).routed_lora(*arguments, False)[0]
 
 
 def _check_pairs(op: str, x: Tensor, adapter_ids: Tensor, adapter_weights: Tensor | None):

@@ -17,6 +17,12 @@ torch.library.define(
     "(Tensor v, Tensor x, Tensor? rank_starts, Tensor? ranks, Tensor adapter_ids, SymInt num_adapters, "
     "SymInt? num_rows) -> Tensor",
 )
+# both halves in one launch, on a GPU. v, the product with A, is of rank 0 where it is not saved
+torch.library.define(
+    "moe_kernels::routed_lora",
+    "(Tensor x, Tensor lora_a, Tensor lora_b, Tensor? rank_starts, Tensor? ranks, Tensor adapter_ids, "
+    "Tensor? adapter_weights, Tensor? scaling, Tensor? base, SymInt max_rank, bool save) -> (Tensor out, Tensor v)",
+)
 
 lora_shrink = torch.ops.moe_kernels.lora_shrink.default
 lora_expand = torch.ops.moe_kernels.lora_expand.default
@@ -59,3 +65,21 @@ def _(
 ):
     rows = (num_adapters, v.shape[2]) if num_rows is None else (num_rows,)
     return x.new_empty(*rows, x.shape[1])
+
+
+@torch.library.register_fake("moe_kernels::routed_lora")
+def _(
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    rank_starts: Tensor | None,
+    ranks: Tensor | None,
+    adapter_ids: Tensor,
+    adapter_weights: Tensor | None,
+    scaling: Tensor | None,
+    base: Tensor | None,
+    max_rank: int,
+    save: bool,
+):
+    v = x.new_empty(*adapter_ids.shape, max_rank if save else 0, dtype=accumulator(x.dtype))
+    return x.new_empty(x.shape[0], lora_b.shape[-1]), v
