@@ -137,6 +137,11 @@ TRITON_KERNELS = {
     "route of groups": {"_route_kernel": 0},
     "route_weights": {"_route_weights_kernel": 0},
     "route_bwd": {"_route_bwd_kernel": 0},
+    "routed_lora": {"_routed_lora_kernel": 4},
+    "routed_lora of two": {"_routed_lora_kernel": 4},
+    "routed_lora, many tokens": {"_routed_lora_kernel": 4},
+    "lora halves": {"_lora_shrink_kernel": 1, "_lora_expand_kernel": 2},
+    "lora_factor_grad": {"_lora_factor_grad_kernel": 2},
 }
 
 
@@ -183,6 +188,11 @@ def _triton_launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         ),
         "route_weights": lambda: route.route_weights(logits.to(dtype), ids, 0, True, 1.0),
         "route_bwd": lambda: route.route_backward(weights, logits.to(dtype), ids, 0, True, 1.0, 0),
+        "routed_lora": lambda: _routed_lora(64, 1, dtype),
+        "routed_lora of two": lambda: _routed_lora(16, 2, dtype),
+        "routed_lora, many tokens": lambda: _routed_lora(1024, 1, dtype),
+        "lora halves": lambda: _lora_halves(dtype),
+        "lora_factor_grad": lambda: _lora_factor_grad(dtype),
     }  # fmt: skip
 
 
@@ -202,6 +212,30 @@ def _expert_ffn(num_tokens: int, dtype: torch.dtype, save: bool = True, backward
         expert_ffn.expert_ffn(x, ids, weights, *experts, None, None, *activation, 1536, save)
 
 
+def _routed_lora(num_tokens: int, top_k: int, dtype: torch.dtype) -> None:
+    """Eight adapters of rank 16 on a square layer, B as it lies in a pool: [num_adapters, rank, out]."""
+    from moe_kernels.ops.routed_lora import triton as lora
+
+    ids, x = torch.zeros(num_tokens, top_k, dtype=torch.int32), torch.empty(num_tokens, 2048, dtype=dtype)
+    a, ranks = torch.empty(8, 16, 2048, dtype=dtype), torch.full((8,), 16, dtype=torch.int32)
+    lora.routed_lora(x, a, a, None, ranks, ids, torch.ones(num_tokens, top_k), torch.ones(8), x, 16, True)
+
+
+def _lora_halves(dtype: torch.dtype) -> None:
+    from moe_kernels.ops.routed_lora import triton as lora
+
+    ids, x, a = torch.zeros(16, 2).int(), torch.empty(16, 2048, dtype=dtype), torch.empty(8, 16, 2048, dtype=dtype)
+    v = lora.lora_shrink(x, a, None, None, ids, 16)
+    lora.lora_expand(v, a, None, None, ids, None, torch.ones(8), x)
+
+
+def _lora_factor_grad(dtype: torch.dtype) -> None:
+    from moe_kernels.ops.routed_lora import triton as lora
+
+    ids, x = torch.zeros(64, 2).int(), torch.empty(64, 2048, dtype=dtype)
+    lora.lora_factor_grad(torch.empty(64, 2, 16), x, None, None, ids, 8, None)
+
+
 #: threads of a block where they are not 128 (routes: 32); what tiles of 128 rows are multiplied by
 TRITON_THREADS = {
     ("expert_ffn", "_gate_up_kernel"): 256, ("expert_ffn", "_grouped_gemm_kernel"): 256,
@@ -209,8 +243,12 @@ TRITON_THREADS = {
     ("expert_ffn_bwd", "_weight_grad_kernel"): 256, ("apply_ternary_undoable", "_count_kernel"): 256,
     ("apply_ternary_undoable", "_apply_undoable_kernel"): 512, ("unapply_ternary", "_unapply_kernel"): 512,
 }  # fmt: skip
-#: bytes that a thread may keep in memory after the loop: gate, up and what is made of them are more than 255 registers
-TRITON_SPILLS = {"expert_ffn saving": 96, "expert_ffn_bwd": 16}
+#: bytes that a thread may keep in memory after the loop: gate, up and what is made of them are more than 255 registers;
+#: of adapters, strides and pointers that only an outer loop reads
+TRITON_SPILLS = {
+    "expert_ffn saving": 96, "expert_ffn_bwd": 16, "routed_lora": 24, "routed_lora of two": 8,
+    "routed_lora, many tokens": 24, "lora halves": 16,
+}  # fmt: skip
 
 
 def shipped_triton_configurations() -> list[Configuration]:
@@ -223,7 +261,10 @@ def shipped_triton_configurations() -> list[Configuration]:
                 continue  # no tensor cores: nothing to look for
             compiled = functools.cache(lambda capability, call=call: triton_on_ptx.compiled(capability, call))
             for name, wide in TRITON_KERNELS[launch].items():
-                threads = TRITON_THREADS.get((launch, name), 32 if launch.startswith("route") else 128)
+                threads = TRITON_THREADS.get((launch, name), 32 if name.startswith("_route_") else 128)
+
+                if launch == "routed_lora" and dtype != torch.float32:
+                    threads = 64  # of a tile of 64 rows
 
                 def pick(capability: int, name=name, threads=threads, compiled=compiled) -> build.Compiled:
                     kernel = compiled(capability)[name]
@@ -232,7 +273,9 @@ def shipped_triton_configurations() -> list[Configuration]:
 
                 # the scatter's programs, one for 256 pairs, are too few to fill a GPU
                 occupancy = 0.1 if name == "_plan_scatter_kernel" else 0.25
-                if launch.startswith("expert_ffn") and wide:  # products: few blocks, whose stages hide the waiting
+                if (
+                    launch.startswith("expert_ffn") or "lora" in launch
+                ) and wide:  # products: few blocks, whose stages hide the waiting
                     occupancy = 0.06
                 limits = Limits(min_occupancy=occupancy, at_least={"128-bit global": wide} if wide else {})
                 if launch in TRITON_SPILLS:

@@ -20,13 +20,14 @@ from moe_kernels import (
     plan_dispatch,
     route,
     route_weights,
+    routed_lora,
     ternary_linear,
     unapply_,
     unpermute,
 )
 from moe_kernels.ops.task_vector.reference import bits
 from moe_kernels.testing import random_routing
-from tests.ops.helpers import check, strided
+from tests.ops.helpers import check, check_exact, strided
 
 from .ptx import Fault
 
@@ -177,6 +178,64 @@ def _planes_of(data: torch.Tensor, backend: str) -> list | None:
         return None
 
 
+def _integers(*sizes: int) -> torch.Tensor:
+    """-1, 0 and 1, with strides: every sum is exact, and every gradient must be."""
+    return strided(torch.randint(-1, 2, sizes).float())
+
+
+def _adapter_ids(num_tokens: int, num_adapters: int, top_k: int) -> torch.Tensor:
+    """A fifth of them -1, with strides."""
+    ids = torch.randint(0, num_adapters, (num_tokens, top_k))
+    return strided(torch.where(torch.rand(num_tokens, top_k) < 0.2, -1, ids))
+
+
+def exercise_routed_lora(backend: str) -> None:
+    """Adapters of two steps of rows, of one and of none, packed and stacked; tiles of tokens, blocks of columns."""
+    starts, ranks = torch.tensor([21, 1, 0, 20]).int(), torch.tensor([5, 18, 0, 1]).int()
+    for num_tokens, top_k in ((19, 3), (67, 1)):
+        ids, x, base = (
+            _adapter_ids(num_tokens, 4, top_k).contiguous(),
+            _integers(num_tokens, 41),
+            _integers(num_tokens, 150),
+        )
+        table = dict(rank_starts=starts, max_rank=18) if top_k > 1 else {}
+        a, b = (_integers(26, 41), _integers(26, 150)) if table else (_integers(4, 18, 41), _integers(4, 150, 18))
+        w, s = _integers(num_tokens, top_k), torch.tensor([1.0, -2.0, 3.0, 2.0])
+
+        def op(x, a, b, w, s, base, backend, ids=ids, table=table):
+            return routed_lora(x, a, b, ids, w, scaling=s, base=base, ranks=ranks, **table, backend=backend)
+
+        check_exact(op, [x, a, b, w, s, base], backend)
+        none = ranks.long()[ids].where(ids >= 0, 0).amax(1) == 0
+        out = op(x, a, b, w, s, torch.full_like(base, -0.0), backend=backend)
+        assert out[none].signbit().all() and none.any(), "the base's bits"
+        outside = torch.where(ids >= 0, ids, torch.tensor([4, 2**32, 1 - 2**32])[torch.randint(0, 3, ids.shape)])
+        assert torch.equal(op(x, a, b, w, s, base, backend=backend, ids=outside), op(x, a, b, w, s, base, "reference"))
+        # what is infinite stays with the tokens that ask for it
+        infinite = b.clone()
+        infinite[21 if table else 0] = torch.inf
+        others = (ids != 0).all(1)
+        out = op(x, a, infinite, w, s, base, backend=backend).isfinite()
+        assert out[others].all() and not out[~others].all(), "an adapter's infinity"
+        infinite = x.clone()
+        infinite[~none.logical_or(torch.arange(num_tokens) > 9)] = torch.inf
+        out = op(infinite, a.abs() + 1, b.abs() + 1, None, s.abs(), base, backend=backend)
+        assert torch.equal(out.isfinite(), infinite.isfinite()[:, :1].expand_as(out)), "a token's infinity"
+        assert not out.isnan().any(), "rows that are not there times infinity"
+
+
+def exercise_lora_halves(backend: str) -> None:
+    """Two launches with an activation between them."""
+    ids, ranks = _adapter_ids(19, 3, 2), torch.tensor([18, 3, 1]).int()
+    tensors = [_integers(19, 41), _integers(3, 18, 41), _integers(3, 150, 18), _integers(19, 2), _integers(19, 150)]
+
+    def op(x, a, b, w, base, backend):
+        arguments = dict(scaling=2.0, ranks=ranks, base=base, activation="relu")
+        return routed_lora(x, a, b, ids, w, **arguments, backend=backend)
+
+    check_exact(op, tensors, backend)
+
+
 #: rooms that have Triton kernels alone
 TRITON_EXERCISES = {
     "grouped_gemm": exercise_grouped_gemm,
@@ -184,6 +243,8 @@ TRITON_EXERCISES = {
     "merge": exercise_merge,
     "ternary_linear": exercise_ternary_linear,
     "unpack": exercise_unpack,
+    "routed_lora": exercise_routed_lora,
+    "lora halves": exercise_lora_halves,
 }
 EXERCISES: dict[str, Callable[[str], None]] = {
     "one tile": lambda backend: exercise_plan(backend, 500, 9, 4),

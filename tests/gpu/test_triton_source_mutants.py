@@ -16,6 +16,7 @@ import moe_kernels.ops.grouped_gemm
 import moe_kernels.ops.merge
 import moe_kernels.ops.permute
 import moe_kernels.ops.route
+import moe_kernels.ops.routed_lora
 import moe_kernels.ops.task_vector
 import moe_kernels.ops.ternary_linear
 
@@ -23,11 +24,20 @@ from .exercises import report_of
 
 ROOMS = {
     name: getattr(moe_kernels.ops, name)
-    for name in ("permute", "route", "grouped_gemm", "expert_ffn", "merge", "ternary_linear", "task_vector")
+    for name in (
+        "permute",
+        "route",
+        "grouped_gemm",
+        "expert_ffn",
+        "merge",
+        "ternary_linear",
+        "task_vector",
+        "routed_lora",
+    )
 }
 
 #: exercise -> room and file, where they are not the exercise's own room and triton.py
-FILES = {"unpack": ("task_vector", "unpack_triton")}
+FILES = {"unpack": ("task_vector", "unpack_triton"), "lora halves": ("routed_lora", "triton")}
 
 #: exercise, what is changed, what is taken out, what comes in; the first place that has it
 MUTANTS = [
@@ -102,11 +112,34 @@ MUTANTS = [
     ("unpack", "positions that leave the block", "whole &= tl.sum((coded & (position >= size)).to(tl.int32), 0) == 0", "whole &= number > 0"),
     ("unpack", "signs of the zeros", "nonzero = tl.where(mode == 4, 1 - zeros, 1)", "nonzero = tl.where(mode == 4, zeros, 1)"),
     ("unpack", "signs from the first bit", "        signs_at = end", "        signs_at = unary"),
+    # adapters
+    ("routed_lora", "ids past the last adapter", "(ids >= 0) & (ids < num_adapters)", "ids >= 0"),
+    ("routed_lora", "negative ids", "(ids >= 0) & (ids < num_adapters)", "ids < num_adapters"),
+    ("routed_lora", "an adapter of rank 0", "mask=ids >= 0, other=0) > 0, ids, -1)", "mask=ids >= 0, other=0) >= 0, ids, -1)"),
+    ("routed_lora", "an adapter forgotten", "adapter = _next_adapter(ids, adapter, group, NUM_GROUPS)\n    if SAVE", "adapter = _next_adapter(ids, adapter + 1, group, NUM_GROUPS)\n    if SAVE"),
+    ("routed_lora", "rows past the rank", "inside = (rows < rank)[:, None] & (columns < num_columns)", "inside = (columns < num_columns)"),
+    ("routed_lora", "a row that is not there times infinity", "return tl.where((rows < rank)[None, :], products, 0)", "return products"),
+    ("routed_lora", "the first step of rows alone", "v = tl.where((here & (of_step == step)[None, :])[:, :, None]", "v = tl.where((here & (of_step == 0)[None, :])[:, :, None]"),
+    ("routed_lora", "rows of the first step again", "of_rows, b_ptr + offset, step * RANKS + in_step, columns", "of_rows, b_ptr + offset, in_step, columns"),
+    ("routed_lora", "packed rows from the first on", "offset = start.to(tl.int64) * row_stride", "offset = start.to(tl.int64) * 0"),
+    ("routed_lora", "another adapter's infinity", "sums = tl.where(owners[:, None], sums + part, sums)  # zero", "sums = sums + part  # zero"),
+    ("routed_lora", "a token without adapters loses its base", "highest >= 0, mine", "highest >= -1, mine"),
+    ("routed_lora", "tokens without adapters are nobody's", "tl.maximum(highest, 0) % NUM_GROUPS == group)\n    if tl.max(mine.to(tl.int32), 0) == 0:\n        return\n    in_step", "highest % NUM_GROUPS == group)\n    if tl.max(mine.to(tl.int32), 0) == 0:\n        return\n    in_step"),
+    ("routed_lora", "products saved of the first slot", "pair = tokens.to(tl.int64)[:, None, None] * top_k + slots[None, :, None]", "pair = tokens.to(tl.int64)[:, None, None] * top_k"),
+    ("routed_lora", "columns past the last", "(columns < num_columns)[None, :]\n    out = sums", "(columns < num_columns + 1)[None, :]\n    out = sums"),
+    ("routed_lora", "no scaling", "if HAS_SCALING:\n            coefficients *=", "if HAS_SCALING:\n            coefficients = 0 +"),
+    ("routed_lora", "the first tile's gradient alone", "total += tl.dot(tl.trans(v), x", "total = tl.dot(tl.trans(v), x"),
+    ("routed_lora", "a gradient of everybody's tokens", "v = tl.sum(tl.load(v_ptrs, mask=here[:, :, None] & r_inside", "v = tl.sum(tl.load(v_ptrs, mask=(ids >= 0)[:, :, None] & r_inside"),
+    ("lora halves", "half of the slots", "v_ptrs = v_ptr + pairs[:, :, None] * max_rank + rows[None, None, :]\n            tl.store", "v_ptrs = v_ptr + (pairs // 2 * 2)[:, :, None] * max_rank + rows[None, None, :]\n            tl.store"),
+    ("lora halves", "rows past the rank written", "mask=here[:, :, None] & (rows < rank)[None, None, :])\n        adapter", "mask=here[:, :, None])\n        adapter"),
+    ("lora halves", "weights forgotten", "v * coefficients[:, :, None], 0), 1)", "v, 0), 1)"),
     # strides
     ("one tile", "token and slot swapped", "* token_stride + (pairs - tokens * top_k).to(tl.int64) * slot_stride",
      "* slot_stride + (pairs - tokens * top_k).to(tl.int64) * token_stride"),
     ("permute", "rows out as far apart as rows in", "row.to(tl.int64) * hidden_size + columns, x", "row.to(tl.int64) * row_stride + columns, x"),
     ("permute", "gradient as far apart as rows", "grad_out_ptr + token * grad_stride", "grad_out_ptr + token * row_stride"),
+    ("routed_lora", "the base's columns side by side", "columns.to(tl.int64)[None, :] * base_column_stride", "columns.to(tl.int64)[None, :]"),
+    ("routed_lora", "weights of the ids' strides", "* weights_token_stride + slots[None, :] * weights_slot_stride", "* ids_token_stride + slots[None, :] * weights_slot_stride"),
     ("route", "logits side by side", "experts.to(tl.int64) * expert_stride", "experts.to(tl.int64)"),
 ]  # fmt: skip
 
@@ -133,7 +166,19 @@ def use(monkeypatch, folder: Path, exercise: str, out: str = "", into: str = "")
 
 @pytest.mark.parametrize(
     "exercise",
-    ["one tile", "two tiles", "permute", "route", "grouped_gemm", "expert_ffn", "merge", "ternary_linear", "unpack"],
+    [
+        "one tile",
+        "two tiles",
+        "permute",
+        "route",
+        "grouped_gemm",
+        "expert_ffn",
+        "merge",
+        "ternary_linear",
+        "unpack",
+        "routed_lora",
+        "lora halves",
+    ],  # fmt: skip
 )
 def test_unchanged_source_passes(exercise, monkeypatch, tmp_path):
     use(monkeypatch, tmp_path, exercise)

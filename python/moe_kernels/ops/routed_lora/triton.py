@@ -21,7 +21,7 @@ from moe_kernels.ops.routed_lora.native import accumulator
 RANKS = 16  # rows of a factor at a time: the least that tensor cores take
 MAX_ON_CHIP = 64  # steps of RANKS rows that a token's slots may have in one launch: 128 registers of a thread
 MAX_GROUPS = 64
-GRAD_TOKENS, GRAD_COLUMNS = 32, 128  # that a program of a factor's gradient adds at a time
+GRAD_TOKENS, GRAD_COLUMNS = 32, 64  # that a program of a factor's gradient adds at a time
 _PAST = tl.constexpr(0x7FFFFFFF)  # behind every adapter
 
 
@@ -390,17 +390,17 @@ def _plan(
     """16 tokens a tile for few of them; 64 for a batch that is then one tile and reads its adapters once; 32 beyond.
 
     Two warps multiply 64 rows: with four, Hopper and Blackwell take other instructions, of whose order of sums nothing
-    is promised.
+    is promised. float32 has no tensor cores: 64 rows of it spill registers.
     """
-    tokens = 16 if num_tokens <= 16 or (top_k > 1 and num_tokens <= 1024) else 64 if num_tokens <= 64 else 32
+    one_tile = num_tokens <= 64 and dtype.itemsize == 2
+    tokens = 16 if num_tokens <= 16 or (top_k > 1 and num_tokens <= 1024) else 64 if one_tile else 32
     while tokens > 16 and tokens * slots * RANKS > 8192:
         tokens //= 2
-    wide = dtype.itemsize // 2
-    columns = power_of_2(num_columns, 16, 8192 // tokens // wide)
+    columns = power_of_2(num_columns, 16, 2048 // tokens)
     groups = min(num_adapters, MAX_GROUPS) if top_k == 1 else 1
     # no run on a GPU has said when reading A again is cheaper than few programs
     splits = max(1, min(8 // (triton.cdiv(num_tokens, tokens) * groups), triton.cdiv(num_columns, columns)))
-    step = power_of_2(depth, 16, 128 // wide)
+    step = power_of_2(depth, 16, 128 // dtype.itemsize)
     return _Plan(tokens, columns, step, groups, splits, 2 if tokens == 64 else 4)
 
 
