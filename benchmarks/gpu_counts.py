@@ -9,9 +9,13 @@ read, write      32-byte sectors asked for by warp instructions; / floor: over w
 memory           distinct sectors: what DRAM moves when the caches are perfect
 conflicts        shared-memory wavefronts beyond one for each phase
 
+Task vectors (--op task_vector), of 256 x 1024 elements: one or eight of 20 % density are added to a weight in bfloat16,
+and decoded from packed bytes. Floors: planes or packed bytes read, planes written, all weights read and written.
+
 What lies above the floor in ours: permute reads a token once for each of its rows, top_k times in all, of which DRAM
 serves one (memory) and L2 the others; a plan of more than one tile (2048 pairs) reads the ids twice and keeps a table
 of tiles by experts; conflicts are the plan's counters, which lie where the experts are.
+The decoder asks for an octet a thread, and for 4096 elements whatever a block holds.
 
 Peers take part where they can be imported: ``pip install --no-deps --target DIR liger-kernel moe-ops`` and ``DIR`` on
 PYTHONPATH. An autotuner takes the configuration that issues the fewest instructions; Liger's is off unless
@@ -39,7 +43,7 @@ from torch import Tensor  # noqa: E402
 from benchmarks.harness import check, commit  # noqa: E402
 from benchmarks.providers.base import installed_version  # noqa: E402
 from benchmarks.shapes import SHAPES, LayerShape  # noqa: E402
-from moe_kernels import permute, plan_dispatch, route, unpermute  # noqa: E402
+from moe_kernels import apply_, compress, decompress, permute, plan_dispatch, route, unpermute  # noqa: E402
 from tests.gpu import ptx_ops, triton_on_ptx  # noqa: E402
 
 
@@ -144,10 +148,40 @@ def cells(shape: LayerShape, num_tokens: int, dtype: torch.dtype):
     yield Cell("route", 4 * logits.numel() + 8 * num_pairs, calls, same_choice)
 
 
+def task_vector_cells(dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    shape, coefficients = (256, 1024), [1.0, -0.5, 2.0, 0.3, 1.0, -1.0, 0.7, 1.5]
+    weight = (torch.randn(shape, generator=generator) * 0.02).to(dtype)
+    differences = [torch.randn(shape, generator=generator) * 1e-3 for _ in coefficients]
+    packed = [compress(difference, 0.2) for difference in differences]
+    planes = decompress(packed[0]).nbytes
+    weights = 2 * weight.numel() * dtype.itemsize
+    ours = {"ours CUDA": "native", "ours Triton": "triton"}
+
+    def applied(deltas: list, backend: str) -> Tensor:
+        changed = weight.clone()
+        apply_(changed, deltas, coefficients[: len(deltas)], backend=backend)
+        return changed
+
+    for what, vectors, bytes_each in (
+        ("apply_ 1 vector", [decompress(packed[0])], planes),
+        ("apply_ 8 vectors", [decompress(one) for one in packed], planes),
+    ):
+        expected = applied(vectors, "reference")
+        calls = {name: lambda b=b, v=vectors: applied(v, b) for name, b in ours.items()}
+        yield Cell(what, weights + len(vectors) * bytes_each, calls, lambda _, out, e=expected: torch.equal(out, e))
+    for density in (0.05, 0.2, 1.0):
+        one = compress(differences[0], density)
+        expected = decompress(one, backend="reference").planes
+        calls = {"ours Triton": lambda one=one: decompress(one, backend="triton").planes}
+        right = lambda _, out, e=expected: torch.equal(out, e)  # noqa: E731
+        yield Cell(f"decompress {density:.0%}", one.nbytes + planes, calls, right)
+
+
 VERSIONS = {"moe-ops": "moe-ops", "Liger": "liger-kernel"}
 
 
-def count(cell: Cell, shape: LayerShape, num_tokens: int, dtype: torch.dtype):
+def count(cell: Cell, shape: str, num_tokens: int, dtype: torch.dtype):
     for name, call in cell.calls.items():
         call()  # an autotuner tries its configurations now
         with ptx_ops.counting() as launches:
@@ -158,7 +192,7 @@ def count(cell: Cell, shape: LayerShape, num_tokens: int, dtype: torch.dtype):
         over_floor = {key: round(32 * sums[key] / cell.floor_bytes, 3) for key in ("sectors", "unique_sectors")}
         version = installed_version(VERSIONS[name]) if name in VERSIONS else ""
         yield Row(
-            date.today().isoformat(), commit(), cell.op, shape.name, str(dtype)[6:], num_tokens, name, version,
+            date.today().isoformat(), commit(), cell.op, shape, str(dtype)[6:], num_tokens, name, version,
             len(launches), sums["instructions"], sums["read_sectors"], sums["write_sectors"], over_floor["sectors"],
             over_floor["unique_sectors"], sums["bank_conflicts"], sums["barriers"],
             "right" if cell.is_right(name, result) else "wrong",
@@ -168,6 +202,7 @@ def count(cell: Cell, shape: LayerShape, num_tokens: int, dtype: torch.dtype):
 def main() -> int:
     """Returns 1 where one of our own results was wrong, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--op", default="moe", choices=["moe", "task_vector"])
     parser.add_argument("--shape", default="A", choices=SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=[16, 512])
     parser.add_argument("--csv", type=Path, default=_HERE / "results" / "gpu_counts.csv")
@@ -179,13 +214,14 @@ def main() -> int:
     shape, dtype, rows = SHAPES[options.shape], torch.bfloat16, []
     shown = [field.name for field in fields(Row)][2:]
     print(" | ".join(shown))
-    for num_tokens in options.tokens:
-        inputs = list(cells(shape, num_tokens, dtype))  # made by the CPU kernels
+    for num_tokens in options.tokens if options.op == "moe" else [0]:
+        moe = options.op == "moe"  # inputs are made by the CPU kernels
+        inputs = list(cells(shape, num_tokens, dtype) if moe else task_vector_cells(dtype))
         with pytest.MonkeyPatch.context() as patch:
             ptx_ops.redirect(patch)
             triton_on_ptx.redirect(patch)
             for cell in inputs:
-                for row in count(cell, shape, num_tokens, dtype):
+                for row in count(cell, shape.name if moe else "256x1024", num_tokens, dtype):
                     rows.append(row)
                     print(" | ".join(str(getattr(row, name)) for name in shown), flush=True)
     if not options.no_csv:

@@ -45,7 +45,8 @@ def _sum_deltas(
 ):
     """Of some groups, sum_i value_i t_i, and 1 where any t is not zero."""
     sums = tl.zeros((GROUPS, GROUP), ACC)
-    some = tl.zeros((GROUPS,), tl.int64)
+    # of elements: as words, the loop would hand them on in a layout that every warp loads whole
+    some = tl.zeros((GROUPS, GROUP), tl.int32)
     for i in range(num_deltas):
         first = planes_ptr + tl.cast(i, tl.int64) * num_groups * 2
         # both words at once: a warp asks for each sector of the planes once
@@ -54,10 +55,11 @@ def _sum_deltas(
         value = tl.load(values_ptr + i)
         term = tl.where(_bit(negative, GROUP) != 0, -value, value)
         # + 0 where t is zero: no sum is -0, so that is itself
-        sums += tl.where(_bit(nonzero, GROUP) != 0, term, 0.0)
-        some |= nonzero
+        bits = _bit(nonzero, GROUP)
+        sums += tl.where(bits != 0, term, 0.0)
+        some |= bits
     elements = groups[:, None] * GROUP + tl.arange(0, GROUP).to(tl.int64)[None, :]
-    return sums, tl.where(elements < numel, _bit(some, GROUP), 0), elements
+    return sums, tl.where(elements < numel, some, 0), elements
 
 
 @triton.jit
