@@ -112,7 +112,7 @@ def _load(path: str):
 
 def _part(expert, names: list[str]) -> Mapping:
     if isinstance(expert, dict):
-        return {name: delta for name, delta in expert.items() if name in set(names)}
+        return {name: expert[name] for name in names if name in expert}
     return Part(expert, names)
 
 

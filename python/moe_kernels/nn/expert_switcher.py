@@ -193,18 +193,14 @@ class ExpertSwitcher:
         for expert, coefficient in wanted.items():
             for name, delta in self._experts[expert].items():
                 value = float(coefficient(name) if callable(coefficient) else coefficient)
-                if value != 0:
-                    self._check_patch(expert, name, delta, value, plan)
-                if isinstance(delta, Patch):
-                    if value != 0:
-                        plan[name] = ([delta], [1.0])
+                if value == 0:
                     continue
-                if not abs(value * delta.scale) <= torch.finfo(torch.float32).max:
+                self._check_patch(expert, name, delta, value, plan)
+                if not isinstance(delta, Patch) and not abs(value * delta.scale) <= torch.finfo(torch.float32).max:
                     raise value_error("ExpertSwitcher.switch", f"coefficient of {name}", "finite", value)
-                if value != 0:
-                    deltas, coefficients = plan.setdefault(name, ([], []))
-                    deltas.append(delta)
-                    coefficients.append(value)
+                deltas, coefficients = plan.setdefault(name, ([], []))
+                deltas.append(delta)
+                coefficients.append(value)
         return plan
 
     def _check_patch(self, expert: str, name: str, delta: Delta, coefficient: float, plan: Plan) -> None:

@@ -89,7 +89,7 @@ def apply_(
             parts = _kernels(backend).apply_ternary_undoable(work, _tensors(op, deltas, backend), values)
         else:
             _kernels(backend).apply_ternary(work, _tensors(op, deltas, backend), values)
-        _finish(weight, target, work)
+        write_back(weight, target, work)
     return Undo(tuple(deltas), tuple(values), parts, _version(weight)) if undo else None
 
 
@@ -125,7 +125,7 @@ def unapply_(weight: Tensor, undo: Undo, *, backend: Backend = "auto") -> None:
             raise value_error(op, "backend", "that of apply_", "reference")
         else:
             _kernels(backend).unapply_ternary(work, _tensors(op, undo.deltas, backend), undo.values, *undo.parts)
-        _finish(weight, target, work)
+        write_back(weight, target, work)
 
 
 def decompress(
@@ -290,7 +290,8 @@ def _version(weight: Tensor) -> int | None:
     return None if weight.is_inference() else weight._version
 
 
-def _finish(weight: Tensor, target: Tensor, work: Tensor) -> None:
+def write_back(weight: Tensor, target: Tensor, work: Tensor) -> None:
+    """``work``, which is ``target`` or a copy of it that was changed, becomes the weight; PyTorch counts one change."""
     if work.data_ptr() != target.data_ptr():
         target.copy_(work)
     elif not weight.is_inference():

@@ -24,6 +24,7 @@ HEADER = struct.Struct("<8sQIIffIIQQQII7Q")
 
 #: numbers of dtypes in a header
 DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.float64: 4}
+DTYPE_OF = {code: dtype for dtype, code in DTYPES.items()}
 #: of the blocks' contents
 TERNARY, VALUES, PATCH = 0, 1, 2
 
@@ -56,7 +57,7 @@ def read_header(op: str, data: Tensor) -> Header:
         raise damaged("a later version" if magic[:5] == MAGIC[:5] else "other bytes")
     if kind > PATCH:
         raise damaged(f"kind {kind}")
-    dtype = {code: dtype for dtype, code in DTYPES.items()}.get(code)
+    dtype = DTYPE_OF.get(code)
     if kind == TERNARY and code != 0 or kind != TERNARY and dtype is None or kind == VALUES and dtype == torch.float64:
         raise damaged(f"kind {kind} of dtype {code}")
     dims = fields[13 : 13 + min(ndim, MAX_DIMS)]

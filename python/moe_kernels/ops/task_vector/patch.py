@@ -9,6 +9,7 @@ from torch import Tensor
 from moe_kernels._checks import FLOAT_DTYPES, check_same_device, check_tensor, dtype_error, shape_error, value_error
 from moe_kernels._dispatch import Backend, resolve
 from moe_kernels.ops.task_vector import native, reference
+from moe_kernels.ops.task_vector.api import write_back
 from moe_kernels.ops.task_vector.packed import MAX_DIMS, PATCH, Packed, fingerprint, read_header, signed
 
 
@@ -45,7 +46,7 @@ class Patch(Packed):
         if not data.is_cpu:
             raise value_error("Patch", "data", "on the CPU", data.device)
         try:
-            (reference if resolve("Patch", "auto", "cpu") == "reference" else native).check_patch(data)
+            _kernels("Patch", "auto").check_patch(data)
         except RuntimeError as error:
             raise ValueError(str(error).split("\n")[0]) from None
         return patch
@@ -103,9 +104,8 @@ def _make(op: str, name: str, weight: Tensor, base: Tensor, backend: Backend) ->
         raise shape_error(op, f"base of {name}", str(list(weight.shape)), base)
     if weight.dim() > MAX_DIMS:
         raise shape_error(op, name, f"at most {MAX_DIMS} dimensions", weight)
-    kernels = reference if resolve(op, backend, "cpu") == "reference" else native
     tensors = [tensor.detach().cpu().contiguous() for tensor in (weight, base)]
-    return Patch.from_header(kernels.make_patch(*tensors, list(weight.shape), signed(fingerprint(base))))
+    return Patch.from_header(_kernels(op, backend).make_patch(*tensors, list(weight.shape), signed(fingerprint(base))))
 
 
 def apply_patch_(weight: Tensor, patch: Patch, *, backend: Backend = "auto") -> None:
@@ -128,6 +128,11 @@ def unapply_patch_(weight: Tensor, patch: Patch, *, backend: Backend = "auto") -
     _move("unapply_patch_", weight, patch, True, backend)
 
 
+def _kernels(op: str, backend: Backend):
+    """Bytes are made and read on the host, whatever the device."""
+    return reference if resolve(op, backend, "cpu") == "reference" else native
+
+
 def _move(op: str, weight: Tensor, patch: Patch, back: bool, backend: Backend) -> None:
     check_tensor(op, "weight", weight)
     if not isinstance(patch, Patch):
@@ -137,12 +142,8 @@ def _move(op: str, weight: Tensor, patch: Patch, back: bool, backend: Backend) -
     if weight.dtype != patch.dtype:
         raise dtype_error(op, "weight", patch.dtype, weight, "the patch is of another tensor")
     check_same_device(op, weight=weight, patch=patch.data)
-    kernels = reference if resolve(op, backend, "cpu") == "reference" else native
     with torch.no_grad():
         target = weight.detach()
         work = target.cpu().contiguous()
-        kernels.apply_patch(work, patch.data.cpu(), back)
-        if work.data_ptr() != target.data_ptr():
-            target.copy_(work)
-        elif not weight.is_inference():
-            torch.autograd.graph.increment_version(weight)
+        _kernels(op, backend).apply_patch(work, patch.data.cpu(), back)
+        write_back(weight, target, work)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from moe_kernels.ops.task_vector.packed import (
     BLOCK,
+    DTYPE_OF,
     DTYPES,
     HEADER,
     HEADER_BYTES,
@@ -143,7 +144,7 @@ def pack_values(
     code: int,
 ) -> Tensor:
     signs = TernaryDelta(planes, shape).signs().view(-1)
-    dtype = {number: dtype for dtype, number in DTYPES.items()}[code]
+    dtype = DTYPE_OF[code]
     magnitudes = (differences(tensor, base).reshape(-1).abs() / scale).to(dtype)
 
     def extra(block: int) -> bytes:
