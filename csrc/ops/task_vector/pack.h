@@ -26,8 +26,8 @@ struct PackedFields {
   int64_t base_hash = 0;
 };
 
-// extra_bytes(block, count): how many there are beside the positions and signs, which write_extra(block, out) writes; a
-// multiple of 4. `like` says where the result is made.
+// extra_bytes(block, count): how many there are beside the positions and signs, which write_extra(block, count, out)
+// writes; a multiple of 4. `like` says where the result is made.
 template <class Bytes, class Write>
 Tensor pack_blocks(const Tensor& like, const uint64_t* planes, const PackedFields& fields, const Bytes& extra_bytes,
                    const Write& write_extra) {
@@ -73,7 +73,7 @@ Tensor pack_blocks(const Tensor& like, const uint64_t* planes, const PackedField
                                   static_cast<uint64_t>(choice.mode) << 49 | static_cast<uint64_t>(choice.k) << 52;
       std::memcpy(bytes + sizeof header + 8 * b, &descriptor, sizeof descriptor);
       codec.encode_block(planes + b * kPlaneWords, size(b), choice, bytes + payload + offset);
-      if (choice.count > 0) write_extra(b, bytes + payload + offset + position_bytes(choice));
+      if (choice.count > 0) write_extra(b, choice.count, bytes + payload + offset + position_bytes(choice));
     }
   });
   const uint32_t crc = packed_crc(bytes, total);

@@ -22,7 +22,7 @@ Tensor pack_ternary_cpu(Tensor planes, std::vector<int64_t> shape, double scale,
   const uint64_t* words = plane_words(planes, num_elements(shape));
   return pack_blocks(
       planes, words, {.shape = shape, .scale = scale, .sigma = sigma, .base_hash = base_hash},
-      [](int64_t, int64_t) { return int64_t{0}; }, [](int64_t, uint8_t*) {});
+      [](int64_t, int64_t) { return int64_t{0}; }, [](int64_t, int64_t, uint8_t*) {});
 }
 
 // And |tensor - base| / scale of what the planes have; scale is a power of two that no magnitude exceeds.
@@ -41,14 +41,11 @@ Tensor pack_values_cpu(Tensor planes, Tensor tensor, std::optional<Tensor> base,
         planes, words,
         {.shape = shape, .kind = PackedKind::values, .dtype = type, .scale = scale, .sigma = sigma, .base_hash = base_hash},
         [&](int64_t, int64_t count) { return (count * itemsize + 3) / 4 * 4; },
-        [&](int64_t b, uint8_t* out) {
+        [&](int64_t b, int64_t count, uint8_t* out) {
           float buffer[kTernaryBlock];
-          const uint64_t* planes_here = words + b * kPlaneWords;
-          int64_t count = 0;
-          for (int64_t g = 0; g * kTernaryGroup < differences.size(b); ++g) count += __builtin_popcountll(planes_here[2 * g]);
           if (count * itemsize % 4 != 0) fill_zero(out + count * itemsize, 2);
           task_vector_kernel_table().codec.encode_magnitudes(differences.block(b, buffer), static_cast<float>(1 / scale),
-                                                             differences.size(b), planes_here, type, out);
+                                                             differences.size(b), words + b * kPlaneWords, type, out);
         });
   });
   return packed;

@@ -35,7 +35,7 @@ Tensor make_patch_cpu(Tensor weight, Tensor base, std::vector<int64_t> shape, in
     packed = pack_blocks(
         weight, planes, {.shape = shape, .kind = PackedKind::patch, .dtype = packed_dtype<T>(), .base_hash = base_hash},
         [&](int64_t b, int64_t) { return (step_bits[b] + 31) / 32 * 4; },
-        [&](int64_t b, uint8_t* out) {
+        [&](int64_t b, int64_t, uint8_t* out) {
           const int64_t at = b * kTernaryBlock;
           kernels.encode_steps(x + at, from + at, size(b), planes + b * kPlaneWords, out);
         });
