@@ -25,12 +25,9 @@ TOY = SHAPES["toy"]
 
 @pytest.fixture(autouse=True)
 def _same_environment(monkeypatch):
-    # run.main sets these for the process and for torch
-    threads = torch.get_num_threads()
+    # run.main sets these for the process
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        monkeypatch.setenv(name, str(threads))
-    yield
-    torch.set_num_threads(threads)
+        monkeypatch.setenv(name, str(torch.get_num_threads()))
 
 
 def _context(**settings) -> harness.Context:
