@@ -113,7 +113,7 @@ def verdicts(rows: list[Row]) -> list[Verdict]:
     found.append(_below("a public call over its kernel: at most 5 us", overhead, 5.0, "us", noisy))
     for bar, provider, most in (
         ("import over torch's own: at most 0.3 s", "import_over_torch", 0.3),
-        ("clean CPU build: at most 120 s on two cores", "clean_build", 120.0),
+        ("clean CPU build: at most 120 s on two cores", "cpu_build", 120.0),
     ):
         values = {row.provider: row.p50_ms / 1e3 for row in rows if row.provider == provider and row.samples}
         found.append(_below(bar, values, most, "s", set()))

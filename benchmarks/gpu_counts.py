@@ -15,7 +15,8 @@ and decoded from packed bytes. Floors: planes or packed bytes read, planes writt
 What lies above the floor in ours: permute reads a token once for each of its rows, top_k times in all, of which DRAM
 serves one (memory) and L2 the others; a plan of more than one tile (2048 pairs) reads the ids twice and keeps a table
 of tiles by experts; conflicts are the plan's counters, which lie where the experts are.
-The decoder asks for an octet a thread, and for 4096 elements whatever a block holds.
+The decoder asks for a sector of fields as often as codes that share it are in different steps; Triton's for an octet a
+thread, and for 4096 elements whatever a block holds.
 
 Peers take part where they can be imported: ``pip install --no-deps --target DIR liger-kernel moe-ops`` and ``DIR`` on
 PYTHONPATH. An autotuner takes the configuration that issues the fewest instructions; Liger's is off unless
@@ -173,7 +174,7 @@ def task_vector_cells(dtype: torch.dtype):
     for density in (0.05, 0.2, 1.0):
         one = compress(differences[0], density)
         expected = decompress(one, backend="reference").planes
-        calls = {"ours Triton": lambda one=one: decompress(one, backend="triton").planes}
+        calls = {name: lambda b=b, one=one: decompress(one, backend=b).planes for name, b in ours.items()}
         right = lambda _, out, e=expected: torch.equal(out, e)  # noqa: E731
         yield Cell(f"decompress {density:.0%}", one.nbytes + planes, calls, right)
 

@@ -39,7 +39,7 @@ SHIPPED_KERNELS = {
     "plan_count": (256, 0), "plan_scan": (1024, 0), "plan_scatter": (256, 0),
     "route": (128, 0), "route_weights": (128, 0), "route_bwd": (128, 0),
     "apply_ternary": (256, 3), "count_touched": (256, 0), "scan_counts": (1024, 0), "apply_undoable": (512, 3),
-    "collect_kept": (256, 0), "unapply_ternary": (512, 3),
+    "collect_kept": (256, 0), "unapply_ternary": (512, 3), "decode_blocks": (256, 1), "verdict": (1024, 0),
 }  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def _shipped(key: str, name: str) -> Configuration:
     threads, wide = SHIPPED_KERNELS[kernel]
     # Vec<unsigned, 4>, or more than one element in a vector; task vectors have no variant that moves less
     vectors = {"permute": r"VecIjLi4E", "unpermute": r"Li[248]E$", "unpermute_bwd": r"Li[248]E$"}.get(kernel, "")
-    moves_vectors = wide and re.search(vectors, arguments)
+    moves_vectors = wide and re.search(vectors, arguments or "")
     # float64 serves gradient checks: it may be slow
     is_double = arguments is not None and arguments.startswith("d")
     limits = Limits(

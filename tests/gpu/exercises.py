@@ -25,7 +25,7 @@ from moe_kernels import (
     unapply_,
     unpermute,
 )
-from moe_kernels.ops.task_vector.reference import bits
+from moe_kernels.ops.task_vector.reference import bits, pack_ternary
 from moe_kernels.testing import random_routing
 from tests.ops.helpers import check, check_exact, strided
 
@@ -80,6 +80,50 @@ def exercise_task_vector(backend: str) -> None:
             assert torch.equal(part, of_cpu), f"the undo's tensor {i}"
         unapply_(weight, undo, backend=backend)
         assert torch.equal(bits(weight), bits(before)), "unapply_"
+
+
+#: block of exercise_decode, its field (the lowest bit in the descriptor and how many), what comes in
+COUNT, MODE, K = (34, 15), (49, 3), (52, 4)
+DAMAGES = [
+    (0, (0, 34), 2**33), (0, COUNT, 300), (2, COUNT, 2000), (4, COUNT, 0x7FFF), (0, K, 11), (1, K, 12), (4, K, 7),
+    (5, MODE, 1), (3, MODE, 4), (1, MODE, 5), (0, (56, 7), 1),
+]  # fmt: skip
+
+
+def exercise_decode(backend: str) -> None:
+    """Blocks of all modes and ragged ones; then descriptors that say something else, under a header that agrees."""
+
+    def packed_of(signs: torch.Tensor) -> PackedDelta:
+        planes = TernaryDelta.from_signs(signs).planes
+        return PackedDelta.from_header(pack_ternary(planes, list(signs.shape), 1.0, 0.0, 0))
+
+    def planes_of(packed: PackedDelta) -> torch.Tensor | None:
+        try:
+            return decompress(packed, backend=backend).planes
+        except ValueError as error:
+            assert "damaged" in str(error)
+            return None
+
+    def random_signs(size: int, *densities: float) -> torch.Tensor:
+        return torch.cat([torch.randn(size) * (torch.rand(size) < density) for density in densities])
+
+    whole = random_signs(4096, 0.05, 0.4, 0.55, 1.0, 0.9, 0.0, 0.1)
+    whole[3 * 4096 - 1] = 0  # a bitmap is then as short as Rice codes of the zeros, and comes first
+    for signs in (whole, *(random_signs(1000, density) for density in (0.05, 0.55, 0.9, 1.0))):
+        planes = planes_of(packed_of(signs))
+        assert planes is not None and torch.equal(planes, TernaryDelta.from_signs(signs).planes), "planes"
+    data = packed_of(whole).data
+    for block, (shift, bits_of_field), value in DAMAGES:
+        damaged = data.clone()
+        word, nnz = damaged[128 + 8 * block :][:8].view(torch.int64), damaged[48:56].view(torch.int64)
+        if shift == 34:
+            nnz += value - (word >> 34 & 0x7FFF)
+        word &= ~(2**bits_of_field - 1 << shift)
+        word |= value << shift
+        assert planes_of(PackedDelta.from_header(damaged)) is None, f"block {block}: {value} at {shift}, unnoticed"
+    damaged = data.clone()
+    damaged[48:56].view(torch.int64).add_(1)
+    assert planes_of(PackedDelta.from_header(damaged)) is None, "the header's count, unnoticed"
 
 
 def exercise_many_blocks(backend: str) -> None:
@@ -253,6 +297,7 @@ EXERCISES: dict[str, Callable[[str], None]] = {
     "permute": exercise_permute,
     "route": exercise_route,
     "task_vector": exercise_task_vector,
+    "decode": exercise_decode,
     "task vector of many blocks": exercise_many_blocks,
 }
 

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize(
     "room",
     [
-        "permute", "route", "grouped_gemm", "expert_ffn", "merge", "task_vector", "task_vector_compress",
+        "permute", "route", "grouped_gemm", "expert_ffn", "merge", "task_vector", "task_vector_decode",
         "ternary_linear", "routed_lora",
     ],
 )  # fmt: skip

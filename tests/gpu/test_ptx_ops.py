@@ -46,6 +46,12 @@ MUTANTS = [
      "numbers"),
     ("task_vector", "unapply_ternary_kernelIfE", "no barrier", r"bar\.sync\s+0;", "", "race"),
     ("task_vector", "unapply_ternary_kernelIfE", "no warp barrier", r"bar\.warp\.sync[^;]*;", "", "race"),
+    ("decode", "decode_blocks_kernel", "no warp barrier", r"bar\.warp\.sync[^;]*;", "", "race"),
+    ("decode", "decode_blocks_kernel", "a scan from above", r"shfl\.sync\.up", "shfl.sync.down", "numbers|out of|race"),
+    ("decode", "decode_blocks_kernel", "bits that replace their neighbours", r"atom\.shared\.or", "atom.shared.exch", "numbers"),
+    ("decode", "decode_blocks_kernel", "shared memory short", r"\.b8 (\w+ones_memory)\[\d+\]", r".b8 \1[12000]", "out of bounds"),
+    ("decode", "verdict_kernel", "no barrier", r"bar\.sync\s+0;", "", "race"),
+    ("decode", "verdict_kernel", "a sum of some lanes", r"shfl\.sync\.bfly", "shfl.sync.idx", "numbers"),
     ("task_vector", "collect_kept_kernelIfE", "the next value", r"(ld\.global\.nc\.f32 %f\d+, \[%rd\d+)\]", r"\1+4]",
      "numbers|uninit|out of"),
 ]  # fmt: skip
@@ -81,7 +87,7 @@ def test_mutant_is_caught(monkeypatch, name, kernel, what, pattern, into, report
     [("plan_scatter_kernelILb1", ["one tile", "two passes"]), ("plan_scatter_kernelILb0", ["two tiles"]),
      ("plan_count_kernel", ["two tiles"]), ("plan_scan_kernel", ["two tiles"]),
      ("unpermute_bwd_kernelIfLi4", ["permute"]), ("apply_undoable_kernelIfE", ["task_vector"]),
-     ("unapply_ternary_kernelIfE", ["task_vector"]), ("scan_counts_kernel", ["task vector of many blocks"])],
+     ("unapply_ternary_kernelIfE", ["task_vector"]), ("verdict_kernel", ["decode"]), ("scan_counts_kernel", ["task vector of many blocks"])],
 )  # fmt: skip
 def test_no_barrier_can_go(monkeypatch, kernel, exercises):
     """Each barrier of a block alone: a race must be reported, or the barrier is one too many."""

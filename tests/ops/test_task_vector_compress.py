@@ -316,62 +316,6 @@ def test_bad_input():
         decompress(delta)
 
 
-@pytest.fixture
-def unpacks(kernel_id, request, monkeypatch):
-    """The backend fixture asks whether there are kernels of OP; here it is another one."""
-    monkeypatch.setattr(request.module, "OP", "decompress")
-    return request.getfixturevalue("backend")
-
-
-@pytest.mark.on_gpus
-@pytest.mark.parametrize("size", [0, 1, 64, 65, 4095, 4097, 9001])
-def test_unpacking_on_gpus(unpacks, kernel_id, size):
-    densities = [0.05, 0.5, 0.95] if kernel_id == "triton-ptx" else DENSITIES
-    for density in densities:
-        packed = compress(random(size).cpu(), density).to(torch.get_default_device())
-        planes = decompress(packed, backend=unpacks).planes
-        assert torch.equal(planes.cpu(), decompress(packed.to("cpu"), backend="reference").planes)
-
-
-@pytest.mark.on_gpus
-def test_every_mode_is_unpacked_on_gpus(unpacks):
-    signs = [torch.zeros(4096) for _ in range(6)]
-    signs[1][::20], signs[2][1::2], signs[4][:] = random(205), random(2048), random(4096)
-    signs[3] = torch.where(torch.arange(4096) % 20 == 0, 0, random(4096, seed=1))
-    signs[5][4095] = -1
-    packed = compress(torch.cat(signs), 1.0)
-    words = packed.data[HEADER_BYTES : HEADER_BYTES + 48].cpu().view(torch.int64).tolist()
-    assert [word >> 49 & 7 for word in words] == [0, 1, 2, 4, 3, 1]
-    expected = decompress(packed.to("cpu"), backend="reference").planes
-    assert torch.equal(decompress(packed, backend=unpacks).planes.cpu(), expected)
-
-
-@pytest.mark.on_gpus
-def test_damaged_blocks_are_found_on_gpus(unpacks, kernel_id):
-    """Bytes at random under a header that holds: the same planes as the reference finds, or both refuse."""
-    refused = 0
-    for seed in range(6 if kernel_id == "triton-ptx" else 60):
-        packed = compress(random(5000).cpu(), [0.05, 0.5, 0.9][seed % 3]).data
-        for _ in range(2):
-            at = torch.randint(HEADER_BYTES, packed.numel(), (1,), generator=torch.Generator().manual_seed(seed + 99))
-            at = HEADER_BYTES + int(at) % 16 if seed % 2 else int(at)
-            packed[at] = int(torch.randint(0, 256, (1,), generator=torch.Generator().manual_seed(seed)))
-        delta = PackedDelta.from_header(reseal(packed))
-        outcomes = []
-        for one, name in ((delta.to(torch.get_default_device()), unpacks), (delta, "reference")):
-            try:
-                outcomes.append(decompress(one, backend=name).planes.tolist())
-            except ValueError as error:
-                assert "damaged" in str(error)
-                outcomes.append(None)
-        if outcomes[0] is None and outcomes[1] is not None:  # the header's count, which the reference does not compare
-            assert delta.nnz != sum((word & 2**64 - 1).bit_count() for word, _ in outcomes[1])
-        else:
-            assert outcomes[0] == outcomes[1]
-        refused += outcomes[0] is None
-    assert refused > 0
-
-
 def test_registration():
     delta = random(5000)
     planes = native.select_ternary(delta, None, 0x3F800000, 3)

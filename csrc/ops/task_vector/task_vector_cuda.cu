@@ -8,9 +8,12 @@
 // do at the same address, so that a warp asks for each sector of the planes once; weights that no vector touches are
 // neither loaded nor stored. There are only additions: nothing that a compiler could contract.
 //
-// apply_ternary depends on shapes alone. An undo has a size that only the device knows, so keeping one waits for the
-// device twice: for the length of the strings and for the number of kept values. Its passes, in bytes a weight of bfloat16
-// with one vector:
+// Packed vectors become planes first (decode_cuda.cu): 0.25 bytes a weight and vector, and one wait of the host for whether
+// all are whole; where one is not, nothing is changed.
+//
+// apply_ternary of planes depends on shapes alone. An undo has a size that only the device knows, so keeping one waits for
+// the device twice: for the length of the strings and for the number of kept values. Its passes, in bytes a weight of
+// bfloat16 with one vector:
 //   count     0.25   bits of each block, then their running sums
 //   apply     4.25   reads and writes the weights; the strings, 2 bits a touched one; kept values go to the block's part
 //                    of a scratch of one value for each bit of a string
@@ -22,6 +25,7 @@
 
 #include "common/vec.cuh"
 #include "microkernels/task_vector_table.h"
+#include "ops/task_vector/decode_cuda.h"
 
 namespace moe {
 namespace {
@@ -465,6 +469,7 @@ Weight<T> make_weight(const Tensor& weight) {
 }
 
 void apply_cuda(Tensor weight, std::vector<Tensor> deltas, std::vector<double> values) {
+  deltas = unpack_deltas("apply_", deltas, weight.numel());
   dispatch_float("apply_", weight.scalar_type(), [&]<class T>() {
     const auto sources = make_sources<acc_t<T>>("apply_", weight, deltas, values);
     if (weight.numel() == 0) return;
@@ -484,6 +489,7 @@ int64_t scan_counts(const DeviceScope& scope, const Tensor& counts) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> apply_undoable_cuda(Tensor weight, std::vector<Tensor> deltas,
                                                                std::vector<double> values) {
   const DeviceScope scope(weight);
+  deltas = unpack_deltas("apply_", deltas, weight.numel());
   const int64_t num_blocks = ceil_div(weight.numel(), kTernaryBlock);
   Tensor offsets = torch::stable::new_empty(weight, {num_blocks + 1}, ScalarType::Long);
   Tensor kept_offsets = torch::stable::new_empty(weight, {num_blocks + 1}, ScalarType::Long);
@@ -513,6 +519,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apply_undoable_cuda(Tensor weight, st
 
 void unapply_cuda(Tensor weight, std::vector<Tensor> deltas, std::vector<double> values, Tensor offsets, Tensor strings,
                   Tensor kept, Tensor kept_offsets) {
+  deltas = unpack_deltas("unapply_", deltas, weight.numel());
   dispatch_float("unapply_", weight.scalar_type(), [&]<class T>() {
     const auto sources = make_sources<acc_t<T>>("unapply_", weight, deltas, values);
     const int64_t num_blocks = ceil_div(weight.numel(), kTernaryBlock);

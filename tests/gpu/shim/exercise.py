@@ -100,11 +100,12 @@ def exercise_task_vector(seed: int) -> None:
     import torch
 
     from moe_kernels import apply_
-    from tests.gpu.exercises import exercise_many_blocks, exercise_task_vector
+    from tests.gpu.exercises import exercise_decode, exercise_many_blocks, exercise_task_vector
     from tests.gpu.shim import library
     from tests.ops.test_task_vector import same_bits, ternary, weights
 
     exercise_task_vector("native")
+    exercise_decode("native")
     for dtype in (torch.float16, torch.float64):
         for size in (1, 65, 4097):
             weight, delta = weights(size, dtype), ternary(size, 0.5)

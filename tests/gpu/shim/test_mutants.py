@@ -9,7 +9,7 @@ from tests.gpu.shim.exercise import run
 pytestmark = pytest.mark.skipif(library.missing_reason() is not None, reason=str(library.missing_reason()))
 
 PLAN, PERMUTE, ROUTE = "plan_dispatch_cuda.cu", "permute_cuda.cu", "route_cuda.cu"
-TASK_VECTOR = "task_vector_cuda.cu"
+TASK_VECTOR, DECODE = "task_vector_cuda.cu", "decode_cuda.cu"
 
 #: source, what is taken out, what comes in, the build that must see it
 MUTANTS = {
@@ -69,7 +69,39 @@ MUTANTS = {
     "undo: bits written without an atomic": (
         TASK_VECTOR, "atomicOr(string + word, bits << shift)", "string[word] |= bits << shift", "tsan",
     ),
+    "decode: ones read before they are written": (
+        DECODE, "count - found);\n    __syncwarp();", "count - found);", "tsan",
+    ),
+    "decode: ones written before they are read": (
+        DECODE, "ones[here - 1];\n    __syncwarp();", "ones[here - 1];", "tsan",
+    ),
+    "decode: planes not zero before their bits come": (
+        DECODE, "nonzero[i] = 0;\n  __syncwarp();", "nonzero[i] = 0;", "tsan",
+    ),
+    "decode: planes stored before they are whole": (
+        DECODE, "  }\n  __syncwarp();\n  for (int group", "  }\n  for (int group", "tsan",
+    ),
+    "decode: bits put together without an atomic": (
+        DECODE, "atomicOr(memory.nonzero + position / 32, 1u << (position % 32))", "memory.nonzero[position / 32] |= 1u << (position % 32)", "tsan",
+    ),
+    "verdict: no barrier before the sums are read": (DECODE, "  __syncthreads();\n  if (thread != 0)", "  if (thread != 0)", "tsan"),
     # masks and bounds
+    "decode: words behind the payload": (DECODE, "return i < num_words ? words[i] : 0", "return words[i]", "asan"),
+    "decode: any offset": (DECODE, "bool whole = words_left >= 0 && ", "bool whole = ", "asan"),
+    "decode: bits of a descriptor that must be zero": (DECODE, "words_left >= 0 && fields >> 56 == 0", "words_left >= 0", "plain"),
+    "decode: positions behind the block": (DECODE, "if (position < size) {", "if (true) {", "asan"),
+    "decode: any count": (DECODE, "if (count > size || k > kLargestRice) return false;", "", "plain"),
+    "decode: no bound on blocks": (DECODE, "if (block >= packed.num_blocks) return;", "", "asan"),
+    "decode: elements behind the last": (DECODE, "(mode == PackedMode::all ? ~0u : bits.word(half)) & first_bits32(size - 32 * half)",
+                                         "(mode == PackedMode::all ? ~0u : bits.word(half))", "plain"),
+    "decode: zeros behind the last": (DECODE, "~memory.nonzero[half] & first_bits32(size - 32 * half)", "~memory.nonzero[half]", "plain"),
+    "decode: counts unlike the bits": (DECODE, " || count_marks(memory) != count", "", "plain"),
+    "decode: fields of two words": (DECODE, "bit % 32 + count > 32 ? word(bit / 32 + 1) : 0", "0", "plain"),
+    "decode: low parts of one round": (DECODE, "      low = of_last_lane(low_upto);", "", "plain"),
+    "decode: signs of one round": (DECODE, "    bit += of_last_lane(upto);", "", "plain"),
+    "decode: bits before the unary part": (DECODE, "if (word == unary / 32) mine &=", "if (false) mine &=", "plain"),
+    "decode: the header's count not compared": (DECODE, "sum == static_cast<int64_t>(header.nnz) ? kWhole : kOtherCount", "kWhole", "plain"),
+    "verdict: the first warp's blocks": (DECODE, "if (firsts[w] < first) first = firsts[w];", "", "plain"),
     "apply: no bound on weights": (TASK_VECTOR, "if (at >= weight.numel) return;", "", "asan"),
     "apply: the last vector whole": (
         TASK_VECTOR, "if (weight.aligned && at + kVecElements<T> <= weight.numel) return *", "if (weight.aligned) return *",

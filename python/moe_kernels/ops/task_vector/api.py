@@ -60,7 +60,8 @@ def apply_(
         weight: any shape, float32, bfloat16, float16 or float64. It may require gradients: it is changed as by an
             optimiser, outside of autograd. Weights that are not contiguous go through a contiguous copy.
         deltas: task vectors of the weight's shape, on its device. Packed ones are decoded on the way, a block of 4096
-            elements at a time on the CPU; elsewhere their planes are made first. The CUDA kernels take up to 64.
+            elements at a time on the CPU; on a GPU their planes are made first, and the host waits for whether all
+            blocks are whole. The CUDA kernels take up to 64.
             Vectors of values run on the CPU, and with the reference.
         coefficients: one for each, or one for all (ComPEFT's alpha, task arithmetic's lambda); may be negative.
         undo: whether to keep what :func:`unapply_` needs. On CUDA the host then waits for the device twice, for sizes.
@@ -133,8 +134,9 @@ def decompress(
 ) -> TernaryDelta | dict[str, TernaryDelta]:
     """Bit planes of a packed ternary task vector, or of each one of a state dict: 2 bits a parameter, fast to use.
 
-    On a GPU Triton's kernel reads the blocks where they lie, and the host waits for the device once; the checksum,
-    which was looked at when the bytes were read (:meth:`PackedDelta.from_bytes`), is not looked at again.
+    On a GPU the kernels read the blocks where they lie, and the host waits for the device: once, and in CUDA for the
+    header too. The checksum, which was looked at when the bytes were read (:meth:`PackedDelta.from_bytes`), is not
+    looked at again.
 
     Raises:
         ValueError: the bytes are damaged, or t is no sign: of those there is ``packed.dense()``.
@@ -202,8 +204,8 @@ def _ternary(op: str, delta) -> TernaryDelta:
 
 
 def check_packed(packed: PackedDelta) -> None:
-    """Reads all of it. Raises ValueError where it is damaged."""
-    read_packed(packed, "auto")
+    """Reads all of it, on the host, which sums up the checksum. Raises ValueError where it is damaged."""
+    read_packed(packed.to("cpu"))
 
 
 def read_packed(packed: PackedDelta, backend: Backend = "auto") -> tuple[Tensor, Tensor | None]:
@@ -212,22 +214,20 @@ def read_packed(packed: PackedDelta, backend: Backend = "auto") -> tuple[Tensor,
     Raises:
         ValueError: the bytes are damaged.
     """
-    if packed.values is None and (packed.device.type == "cuda" or backend == "triton"):
-        if resolve("decompress", backend, packed.device.type) == "triton":
+    backend = resolve("decompress", backend, packed.device.type)
+    # what only the CPU reads is read there
+    on_host = backend == "reference" or packed.values is not None
+    data = packed.data.cpu() if on_host else packed.data
+    kernels = reference if backend == "reference" else native
+    try:
+        if packed.values is not None:
+            planes, t = kernels.unpack_values(data)
+            return planes.to(packed.device), t.view(packed.shape).to(packed.device)
+        if backend == "triton":
             from moe_kernels.ops.task_vector import unpack_triton  # imported when it is first asked for
 
-            try:
-                return unpack_triton.unpack_ternary(packed.data, packed.numel, packed.nnz), None
-            except RuntimeError as error:
-                raise ValueError(str(error)) from None
-    # a file's format, made and read on the host: other devices get the planes
-    data, backend = packed.data.cpu(), "auto" if backend == "triton" else backend
-    kernels = reference if resolve("decompress", backend, "cpu") == "reference" else native
-    try:
-        if packed.values is None:
-            return kernels.unpack_ternary(data).to(packed.device), None
-        planes, t = kernels.unpack_values(data)
-        return planes.to(packed.device), t.view(packed.shape).to(packed.device)
+            return unpack_triton.unpack_ternary(data, packed.numel, packed.nnz), None
+        return kernels.unpack_ternary(data).to(packed.device), None
     except RuntimeError as error:
         raise ValueError(str(error).split("\n")[0]) from None
 
@@ -271,14 +271,14 @@ def _kernels(backend: str):
 
 
 def _tensors(op: str, deltas, backend: str) -> list[Tensor]:
-    """What the kernels take: packed vectors only on the CPU."""
-    if backend == "native" and deltas[0].device.type == "cpu":
-        return [_tensor(delta) for delta in deltas]
-    planes = _planes(deltas)
-    if any(isinstance(delta, PackedDelta) for delta in planes):
-        where = f"the {backend} kernels on {planes[0].device.type}"
-        raise value_error(op, "deltas", f"ternary for {where}", "values", "pass backend='reference'")
-    return [delta.planes for delta in planes]
+    """What the kernels take: Triton's only planes, CUDA's no values."""
+    if backend != "native":
+        deltas = _planes(deltas)
+    device = deltas[0].device.type
+    if (backend, device) != ("native", "cpu") and any(getattr(delta, "values", None) for delta in deltas):
+        expected = f"ternary for the {backend} kernels on {device}"
+        raise value_error(op, "deltas", expected, "values", "pass backend='reference'")
+    return [_tensor(delta) for delta in deltas]
 
 
 def _planes(deltas) -> list[TernaryDelta | PackedDelta]:

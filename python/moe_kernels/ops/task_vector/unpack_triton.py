@@ -132,6 +132,8 @@ def unpack_ternary(data: Tensor, numel: int, nnz: int) -> Tensor:
     Raises:
         RuntimeError: a block is damaged.
     """
+    if data.data_ptr() % 16:  # part of other bytes: a copy has the alignment that the format counts on
+        data = data.clone()
     num_blocks = triton.cdiv(numel, BLOCK)
     planes = torch.zeros(triton.cdiv(numel, 64), 2, dtype=torch.int64, device=data.device)
     if num_blocks == 0:
