@@ -10,7 +10,8 @@ memory           distinct sectors: what DRAM moves when the caches are perfect
 conflicts        shared-memory wavefronts beyond one for each phase
 
 Task vectors (--op task_vector), of 256 x 1024 elements: one or eight of 20 % density are added to a weight in bfloat16,
-and decoded from packed bytes. Floors: planes or packed bytes read, planes written, all weights read and written.
+and decoded from packed bytes; eight weights are merged into one. Floors: planes or packed bytes read, planes written,
+all weights read and written.
 
 What lies above the floor in ours: permute reads a token once for each of its rows, top_k times in all, of which DRAM
 serves one (memory) and L2 the others; a plan of more than one tile (2048 pairs) reads the ids twice and keeps a table
@@ -44,7 +45,7 @@ from torch import Tensor  # noqa: E402
 from benchmarks.harness import check, commit  # noqa: E402
 from benchmarks.providers.base import installed_version  # noqa: E402
 from benchmarks.shapes import SHAPES, LayerShape  # noqa: E402
-from moe_kernels import apply_, compress, decompress, permute, plan_dispatch, route, unpermute  # noqa: E402
+from moe_kernels import apply_, compress, decompress, merge, permute, plan_dispatch, route, unpermute  # noqa: E402
 from tests.gpu import ptx_ops, triton_on_ptx  # noqa: E402
 
 
@@ -177,6 +178,17 @@ def task_vector_cells(dtype: torch.dtype):
         calls = {name: lambda b=b, one=one: decompress(one, backend=b).planes for name, b in ours.items()}
         right = lambda _, out, e=expected: torch.equal(out, e)  # noqa: E731
         yield Cell(f"decompress {density:.0%}", one.nbytes + planes, calls, right)
+
+    experts = [weight + (difference * 4).to(dtype) for difference in differences]
+    for what, options in (
+        ("merge ties", dict(method="ties", semantics="mergekit", density=0.2)),
+        ("merge linear", dict(method="linear")),
+    ):
+        expected = merge(weight, experts, **options, backend="reference")
+        calls = {name: lambda b=b, o=options: merge(weight, experts, **o, backend=b) for name, b in ours.items()}
+        models = len(experts) + (what == "merge ties")
+        right = lambda _, out, e=expected: torch.equal(out, e)  # noqa: E731
+        yield Cell(what, (models + 1) * weights // 2, calls, right)
 
 
 VERSIONS = {"moe-ops": "moe-ops", "Liger": "liger-kernel"}

@@ -105,4 +105,38 @@ int common_alignment(const void* a, const void* b, Sizes... sizes) {
   return static_cast<int>(bits & (~bits + 1));
 }
 
+// A contiguous tensor, whose elements move 16 bytes at once where it is aligned to them.
+template <class T>
+struct Elements {
+  T* data;
+  int64_t numel;
+  bool aligned;
+};
+
+template <class T>
+Elements<T> elements_of(const Tensor& tensor) {
+  return {const_cast<T*>(data<T>(tensor)), tensor.numel(), common_alignment(tensor.const_data_ptr(), nullptr, 0) == 16};
+}
+
+// The vector of elements at `at`; of the last one, those that there are, and zeros.
+template <class T>
+__device__ __forceinline__ Vec<T, kVecElements<T>> load_elements(const Elements<T>& from, int64_t at) {
+  using V = Vec<T, kVecElements<T>>;
+  if (from.aligned && at + kVecElements<T> <= from.numel) return *reinterpret_cast<const V*>(from.data + at);
+  V v{};
+#pragma unroll
+  for (int e = 0; e < kVecElements<T>; ++e)
+    if (at + e < from.numel) v.values[e] = from.data[at + e];
+  return v;
+}
+
+template <class T>
+__device__ __forceinline__ void store_elements(const Elements<T>& to, int64_t at, const Vec<T, kVecElements<T>>& v) {
+  using V = Vec<T, kVecElements<T>>;
+  if (to.aligned && at + kVecElements<T> <= to.numel) return store_vec(reinterpret_cast<V*>(to.data + at), v);
+#pragma unroll
+  for (int e = 0; e < kVecElements<T>; ++e)
+    if (at + e < to.numel) to.data[at + e] = v.values[e];
+}
+
 }  // namespace moe

@@ -175,6 +175,11 @@ def exercise_merge(backend: str) -> None:
     ):
         found, expected = (merge(base, experts, **options, backend=name) for name in (backend, "reference"))
         assert torch.equal(found, expected), options["method"]
+    many = [(torch.randn(70) * 2**4).round() for _ in range(13)]  # more than the CUDA kernel keeps
+    found, expected = (
+        merge(many[0], many[1:], method="ties", density=0.5, backend=name) for name in (backend, "reference")
+    )
+    assert torch.equal(found, expected), "many experts"
     options = dict(method="task_arithmetic", semantics="peft", weights=[0.5, 0.3])
     found, expected = (merge(base, [delta, experts[0]], **options, backend=name) for name in (backend, "reference"))
     assert torch.equal(found, expected), "task vectors"
@@ -284,7 +289,6 @@ def exercise_lora_halves(backend: str) -> None:
 TRITON_EXERCISES = {
     "grouped_gemm": exercise_grouped_gemm,
     "expert_ffn": exercise_expert_ffn,
-    "merge": exercise_merge,
     "ternary_linear": exercise_ternary_linear,
     "unpack": exercise_unpack,
     "routed_lora": exercise_routed_lora,
@@ -296,6 +300,7 @@ EXERCISES: dict[str, Callable[[str], None]] = {
     "two tiles": lambda backend: exercise_plan(backend, 600, 1100, 4),
     "permute": exercise_permute,
     "route": exercise_route,
+    "merge": exercise_merge,
     "task_vector": exercise_task_vector,
     "decode": exercise_decode,
     "task vector of many blocks": exercise_many_blocks,

@@ -52,6 +52,10 @@ MUTANTS = [
     ("decode", "decode_blocks_kernel", "shared memory short", r"\.b8 (\w+ones_memory)\[\d+\]", r".b8 \1[12000]", "out of bounds"),
     ("decode", "verdict_kernel", "no barrier", r"bar\.sync\s+0;", "", "race"),
     ("decode", "verdict_kernel", "a sum of some lanes", r"shfl\.sync\.bfly", "shfl.sync.idx", "numbers"),
+    ("merge", "merge_kernelIfE", "no barrier", r"bar\.sync\s+0;", "", "race"),
+    ("merge", "merge_kernelIfE", "sums for products", r"mul\.(rn\.)?f32", r"add.f32", "numbers"),
+    ("merge", "merge_kernelIfE", "a sum of some lanes", r"shfl\.sync\.bfly", "shfl.sync.idx", "numbers"),
+    ("merge", "sum_found_kernel", "no barrier", r"bar\.sync\s+0;", "", "race"),
     ("task_vector", "collect_kept_kernelIfE", "the next value", r"(ld\.global\.nc\.f32 %f\d+, \[%rd\d+)\]", r"\1+4]",
      "numbers|uninit|out of"),
 ]  # fmt: skip

@@ -13,10 +13,10 @@ from moe_kernels.ops.merge import native, parts, recipe, reference
 from moe_kernels.ops.merge.methods import METHODS, SEMANTICS
 from moe_kernels.ops.task_vector.reference import bits as reference_bits
 from moe_kernels.testing import assert_close_to_reference
-from tests.ops.helpers import DTYPES, seeded, strided
+from tests.ops.helpers import DTYPES, SLOW, seeded, strided
 
 OP = "merge"
-GPU_KERNELS = ["triton-cpu", "triton-ptx", "triton-cuda"]
+GPU_KERNELS = ["native-simt", "native-ptx", "native-cuda", "triton-cpu", "triton-ptx", "triton-cuda"]
 ALL = [(name, one) for name, method in METHODS.items() for one in SEMANTICS if one in method.semantics]
 WEIGHTS = [1.0, 0.5, 2.0, -0.7, 0.3, 1.0, 1.5, 0.25]
 
@@ -435,11 +435,12 @@ def test_registration():
     base, experts = models(5000)
     kept = recipe.Recipe([recipe.Source(lower=0x3B000000) for _ in experts], election="sum_not_negative")
     sources = (base, experts, *native._sources(experts, kept)[1:])
-    torch.library.opcheck(native.merge_op, (*sources, 1, 1, 1.0, 0, 1.0), test_utils=("test_schema", "test_faketensor"))
-    torch.library.opcheck(native.kept_magnitudes_op, sources)
-    merged, ranges, _ = native.merge_op(*sources, 1, 1, 1.0, 0, 1.0)
     utilities = ("test_schema", "test_faketensor")
-    torch.library.opcheck(native.merge_ranges_op, (merged, ranges, *sources, 1, 1, 1.0, 1, 1.0), test_utils=utilities)
+    torch.library.opcheck(native.merge_experts, (*sources, 1, 1, 1.0, 0, 1.0), test_utils=utilities)
+    torch.library.opcheck(native.kept_magnitudes_op, sources)
+    merged, ranges, _ = native.merge_experts(*sources, 1, 1, 1.0, 0, 1.0)
+    utilities = ("test_schema", "test_faketensor")
+    torch.library.opcheck(native.merge_ranges, (merged, ranges, *sources, 1, 1, 1.0, 1, 1.0), test_utils=utilities)
     assert native.elected_signs(base, experts, kept) == reference.elected_signs(base, experts, kept)
 
 
@@ -550,7 +551,7 @@ RECIPES = {
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gpu_kernels_give_the_bits_of_the_reference(backend, kernel_id, dtype, recipe):
     """A ragged last block; equal magnitudes and cancelling sums; NaN where a method lets it through."""
-    size = 1100 if kernel_id == "triton-ptx" else 2500
+    size = 1100 if kernel_id in SLOW else 2500
     base, experts = models(size, 3, dtype)
     experts[1][:50], experts[2][:50] = 2 * base[:50] - experts[0][:50], base[:50]
     options = RECIPES[recipe]
@@ -564,11 +565,24 @@ def test_gpu_kernels_give_the_bits_of_the_reference(backend, kernel_id, dtype, r
 
 @pytest.mark.on_gpus
 def test_gpu_kernels_merge_task_vectors(backend, kernel_id):
-    base, experts, _ = vectors_of(3, 1100 if kernel_id == "triton-ptx" else 4200, torch.bfloat16)
+    base, experts, _ = vectors_of(3, 1100 if kernel_id in SLOW else 4200, torch.bfloat16)
     mixed = [*experts[:2], base * 1.01]
     for options in (dict(method="ties"), dict(method="task_arithmetic", semantics="peft", weights=WEIGHTS[:3])):
         found = merge(base, mixed, **options, backend=backend)
         assert torch.equal(found, merge(base, mixed, **options, backend="reference"))
+
+
+@pytest.mark.on_gpus
+@pytest.mark.parametrize("count", [1, 11, 12, 20])
+def test_gpu_kernels_merge_few_and_many(backend, count):
+    """More experts than the CUDA kernel can keep in shared memory between its passes; at odd addresses."""
+    base, experts = models(301, count)
+    memory = torch.empty(301 * count + 1)
+    experts = [memory[301 * k + 1 :][:301].copy_(expert) for k, expert in enumerate(experts)]
+    for options in (dict(method="ties"), dict(method="dare_ties", density=0.5)):
+        found = merge(base, experts, **options, backend=backend)
+        assert torch.equal(found, merge(base, experts, **options, backend="reference"))
+    assert merge(base[:0], [expert[:0] for expert in experts], method="ties", backend=backend).shape == (0,)
 
 
 def test_few_undecided_elements_of_a_large_tensor(backend, threads):

@@ -233,7 +233,7 @@ Tensor kept_magnitudes_cpu(std::optional<Tensor> base, std::vector<Tensor> exper
 }  // namespace moe
 
 STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
-  m.impl("merge", TORCH_BOX(&moe::merge_cpu));
+  m.impl("merge_experts", TORCH_BOX(&moe::merge_cpu));
   m.impl("merge_ranges", TORCH_BOX(&moe::merge_ranges_cpu));
   m.impl("elected_signs", TORCH_BOX(&moe::elected_signs_cpu));
   m.impl("kept_magnitudes", TORCH_BOX(&moe::kept_magnitudes_cpu));

@@ -56,13 +56,6 @@ struct Sources {
   }
 };
 
-template <class T>
-struct Weight {
-  T* data;
-  int64_t numel;
-  bool aligned;  // to 16 bytes
-};
-
 // The bit patterns of T, in unsigned integers that arithmetic is done in.
 template <class T>
 struct bits_of {
@@ -110,30 +103,9 @@ __device__ __forceinline__ uint64_t sum_sources(const Sources<acc_t<T>>& sources
   return touched;
 }
 
-// The vector of weights at `at`; of the last one, those that there are.
-template <class T>
-__device__ __forceinline__ Vec<T, kVecElements<T>> load_weights(const Weight<T>& weight, int64_t at) {
-  using V = Vec<T, kVecElements<T>>;
-  if (weight.aligned && at + kVecElements<T> <= weight.numel) return *reinterpret_cast<const V*>(weight.data + at);
-  V w{};
-#pragma unroll
-  for (int e = 0; e < kVecElements<T>; ++e)
-    if (at + e < weight.numel) w.values[e] = weight.data[at + e];
-  return w;
-}
-
-template <class T>
-__device__ __forceinline__ void store_weights(const Weight<T>& weight, int64_t at, const Vec<T, kVecElements<T>>& w) {
-  using V = Vec<T, kVecElements<T>>;
-  if (weight.aligned && at + kVecElements<T> <= weight.numel) return store_vec(reinterpret_cast<V*>(weight.data + at), w);
-#pragma unroll
-  for (int e = 0; e < kVecElements<T>; ++e)
-    if (at + e < weight.numel) weight.data[at + e] = w.values[e];
-}
-
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    apply_ternary_kernel(Weight<T> weight, const __grid_constant__ Sources<acc_t<T>> sources) {
+    apply_ternary_kernel(Elements<T> weight, const __grid_constant__ Sources<acc_t<T>> sources) {
   constexpr int kVec = kVecElements<T>;
   const int64_t at = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kVec;
   if (at >= weight.numel) return;
@@ -142,13 +114,13 @@ __global__ void __launch_bounds__(kThreads)
   const uint64_t group_touched = sum_sources<T>(sources, at / kTernaryGroup, shift, sums) & first_bits(weight.numel - at + shift);
   const uint32_t touched = static_cast<uint32_t>(group_touched >> shift) & ((1u << kVec) - 1);
   if (touched == 0) return;
-  auto w = load_weights(weight, at);
+  auto w = load_elements(weight, at);
 #pragma unroll
   for (int e = 0; e < kVec; ++e) {
     const acc_t<T> x = to_acc(w.values[e]);
     if ((touched >> e & 1) && x == x) w.values[e] = from_acc<T>(x + sums[e]);
   }
-  store_weights(weight, at, w);
+  store_elements(weight, at, w);
 }
 
 // A thread's share of a block of kTernaryBlock weights: vectors kBlockThreads apart, so that a warp's accesses are one line.
@@ -275,7 +247,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_counts_kernel(int64_t* __re
 // One block for each block of weights.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, 2)
-    apply_undoable_kernel(Weight<T> weight, const __grid_constant__ Sources<acc_t<T>> sources,
+    apply_undoable_kernel(Elements<T> weight, const __grid_constant__ Sources<acc_t<T>> sources,
                           const int64_t* __restrict__ offsets,  // [num_blocks + 1], in words of 64 bits
                           uint32_t* __restrict__ moved,         // halves of them
                           uint32_t* __restrict__ other,
@@ -309,7 +281,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
       group_touched[v] = sum_sources<T>(sources, at / kTernaryGroup, shift, sums) & first_bits(weight.numel - at + shift);
       const uint32_t touched = static_cast<uint32_t>(group_touched[v] >> shift) & ((1u << kVec) - 1);
       if (touched != 0) {
-        before[v] = load_weights(weight, at);
+        before[v] = load_elements(weight, at);
         Vec<T, kVec> w = before[v];
 #pragma unroll
         for (int e = 0; e < kVec; ++e) {
@@ -321,7 +293,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
           vec_moved[v] |= static_cast<uint32_t>(up || down) << e;
           vec_other[v] |= static_cast<uint32_t>(step != 0 && !up) << e;
         }
-        store_weights(weight, at, w);
+        store_elements(weight, at, w);
       }
     }
     if (shift == 0) counts[in_block / kTernaryGroup] = __popcll(group_touched[v]);
@@ -371,7 +343,7 @@ __global__ void __launch_bounds__(kCountWarps* kWarpSize)
 // One block for each block of weights. Of an undo of other vectors, what lies outside the tensors counts as zero.
 template <class T>
 __global__ void __launch_bounds__(kBlockThreads, 2)
-    unapply_ternary_kernel(Weight<T> weight, const __grid_constant__ Sources<acc_t<T>> sources,
+    unapply_ternary_kernel(Elements<T> weight, const __grid_constant__ Sources<acc_t<T>> sources,
                            const int64_t* __restrict__ offsets,  // [num_blocks + 1], in words of 64 bits
                            const uint32_t* __restrict__ moved,   // halves of them
                            const uint32_t* __restrict__ other, int64_t words_of_string,
@@ -418,7 +390,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
     const uint32_t vec_other = spread_bits<kVec>(Strings::read(strings.other, place, count), touched);
     const bool keeps = (vec_other & ~vec_moved) != 0;
     int64_t from = kept_offset + (keeps ? strings.kept_at(place) : 0);
-    auto w = load_weights(weight, at);
+    auto w = load_elements(weight, at);
 #pragma unroll
     for (int e = 0; e < kVec; ++e) {
       const acc_t<T> x = to_acc(w.values[e]);
@@ -432,7 +404,7 @@ __global__ void __launch_bounds__(kBlockThreads, 2)
       if (vec_moved >> e & 1) back += vec_other >> e & 1 ? bits_t<T>{0} - 1 : bits_t<T>{1};
       w.values[e] = from_bits<T>(back);
     }
-    store_weights(weight, at, w);
+    store_elements(weight, at, w);
   }
 }
 
@@ -463,18 +435,13 @@ Sources<Acc> make_sources(const char* op, const Tensor& weight, const std::vecto
   return sources;
 }
 
-template <class T>
-Weight<T> make_weight(const Tensor& weight) {
-  return {mutable_data<T>(weight), weight.numel(), common_alignment(weight.const_data_ptr(), nullptr, 0) == 16};
-}
-
 void apply_cuda(Tensor weight, std::vector<Tensor> deltas, std::vector<double> values) {
   deltas = unpack_deltas("apply_", deltas, weight.numel());
   dispatch_float("apply_", weight.scalar_type(), [&]<class T>() {
     const auto sources = make_sources<acc_t<T>>("apply_", weight, deltas, values);
     if (weight.numel() == 0) return;
     const DeviceScope scope(weight);
-    launch(scope, apply_ternary_kernel<T>, dim3(apply_blocks<T>(weight.numel())), dim3(kThreads), 0, make_weight<T>(weight),
+    launch(scope, apply_ternary_kernel<T>, dim3(apply_blocks<T>(weight.numel())), dim3(kThreads), 0, elements_of<T>(weight),
            sources);
   });
 }
@@ -505,7 +472,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apply_undoable_cuda(Tensor weight, st
     Tensor scratch = torch::stable::new_empty(weight, {64 * num_words});
     uint32_t* moved = reinterpret_cast<uint32_t*>(mutable_data<int64_t>(strings));
     if (num_blocks > 0)
-      launch(scope, apply_undoable_kernel<T>, dim3(blocks), dim3(kBlockThreads), 0, make_weight<T>(weight), sources,
+      launch(scope, apply_undoable_kernel<T>, dim3(blocks), dim3(kBlockThreads), 0, elements_of<T>(weight), sources,
              data<int64_t>(offsets), moved, moved + 2 * num_words, mutable_data<T>(scratch),
              mutable_data<int64_t>(kept_offsets));
     const int64_t num_kept = scan_counts(scope, kept_offsets);
@@ -535,7 +502,7 @@ void unapply_cuda(Tensor weight, std::vector<Tensor> deltas, std::vector<double>
     const int64_t num_words = strings.size(1);
     const uint32_t* moved = reinterpret_cast<const uint32_t*>(data<int64_t>(strings));
     launch(scope, unapply_ternary_kernel<T>, dim3(grid_size("unapply_", num_blocks)), dim3(kBlockThreads), 0,
-           make_weight<T>(weight), sources, data<int64_t>(offsets), moved, moved + 2 * num_words, num_words, data<T>(kept),
+           elements_of<T>(weight), sources, data<int64_t>(offsets), moved, moved + 2 * num_words, num_words, data<T>(kept),
            data<int64_t>(kept_offsets), kept.numel());
   });
 }

@@ -100,12 +100,11 @@ def exercise_task_vector(seed: int) -> None:
     import torch
 
     from moe_kernels import apply_
-    from tests.gpu.exercises import exercise_decode, exercise_many_blocks, exercise_task_vector
+    from tests.gpu.exercises import exercise_many_blocks, exercise_task_vector
     from tests.gpu.shim import library
     from tests.ops.test_task_vector import same_bits, ternary, weights
 
     exercise_task_vector("native")
-    exercise_decode("native")
     for dtype in (torch.float16, torch.float64):
         for size in (1, 65, 4097):
             weight, delta = weights(size, dtype), ternary(size, 0.5)
@@ -117,6 +116,28 @@ def exercise_task_vector(seed: int) -> None:
         exercise_many_blocks("native")
 
 
+def exercise_decode(seed: int) -> None:
+    from tests.gpu import exercises
+
+    exercises.exercise_decode("native")
+
+
+def exercise_merge(seed: int) -> None:
+    from tests.gpu import exercises
+
+    exercises.exercise_merge("native")
+
+
+EXERCISES = {
+    "plan_dispatch_cuda.cu": exercise_permute,
+    "permute_cuda.cu": exercise_permute,
+    "route_cuda.cu": exercise_route,
+    "task_vector_cuda.cu": exercise_task_vector,
+    "decode_cuda.cu": exercise_decode,
+    "merge_cuda.cu": exercise_merge,
+}
+
+
 def main() -> None:
     import pytest
     import torch
@@ -126,14 +147,15 @@ def main() -> None:
 
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    changed = os.environ.get("MOE_KERNELS_TEST_SIMT_SOURCE")  # what is not changed need not run
+    exercises = [EXERCISES[Path(changed).name]] if changed else list(dict.fromkeys(EXERCISES.values()))
     with pytest.MonkeyPatch.context() as patch:
         library.redirect(patch)
         for seed in range(1 if library.flavour() == "tsan" else 2):  # it runs a hundred times slower
-            library.set_seed(seed)
-            torch.manual_seed(seed)
-            exercise_permute(seed)
-            exercise_route(seed)
-            exercise_task_vector(seed)
+            for exercise in exercises:
+                library.set_seed(seed)
+                torch.manual_seed(seed)
+                exercise(seed)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from tests.gpu.shim.exercise import run
 pytestmark = pytest.mark.skipif(library.missing_reason() is not None, reason=str(library.missing_reason()))
 
 PLAN, PERMUTE, ROUTE = "plan_dispatch_cuda.cu", "permute_cuda.cu", "route_cuda.cu"
-TASK_VECTOR, DECODE = "task_vector_cuda.cu", "decode_cuda.cu"
+TASK_VECTOR, DECODE, MERGE = "task_vector_cuda.cu", "decode_cuda.cu", "merge_cuda.cu"
 
 #: source, what is taken out, what comes in, the build that must see it
 MUTANTS = {
@@ -75,9 +75,6 @@ MUTANTS = {
     "decode: ones written before they are read": (
         DECODE, "ones[here - 1];\n    __syncwarp();", "ones[here - 1];", "tsan",
     ),
-    "decode: planes not zero before their bits come": (
-        DECODE, "nonzero[i] = 0;\n  __syncwarp();", "nonzero[i] = 0;", "tsan",
-    ),
     "decode: planes stored before they are whole": (
         DECODE, "  }\n  __syncwarp();\n  for (int group", "  }\n  for (int group", "tsan",
     ),
@@ -85,7 +82,20 @@ MUTANTS = {
         DECODE, "atomicOr(memory.nonzero + position / 32, 1u << (position % 32))", "memory.nonzero[position / 32] |= 1u << (position % 32)", "tsan",
     ),
     "verdict: no barrier before the sums are read": (DECODE, "  __syncthreads();\n  if (thread != 0)", "  if (thread != 0)", "tsan"),
+    "merge: no barrier before the sums are read": (MERGE, "__syncthreads();\n      if (thread < 2)", "if (thread < 2)", "tsan"),
+    "merge: no barrier before all blocks' sums are read": (
+        MERGE, "__syncthreads();\n  if (thread >= 2)", "if (thread >= 2)", "tsan",
+    ),
     # masks and bounds
+    "merge: planes behind the last": (MERGE, "if (!inside) return;", "", "asan"),
+    "merge: all equals of the threshold": (MERGE, "< lower + (e < equals ? 0 : 1)", "< lower", "plain"),
+    "merge: signs of no sum": (MERGE, "? rule.zero_sign : Acc(1)", "? Acc(0) : Acc(1)", "plain"),
+    "merge: no entry agrees": (MERGE, "divisor[e] < 1 ? Acc(1) : divisor[e]", "divisor[e]", "plain"),
+    "merge: blocks where nothing waits again": (MERGE, "wanted[blockIdx.x] == 0", "wanted[blockIdx.x] != 0", "plain"),
+    "merge: a minority": (MERGE, "signs += (sums", "signs -= (sums", "plain"),
+    "merge: what a neighbour kept": (MERGE, "kept[k * kThreads + thread] = ", "kept[k * kThreads + (thread ^ 1)] = ", "plain"),
+    "merge: random numbers of a neighbour": (MERGE, "bits[e + i] = words[i]", "bits[e + i] = words[i ^ 1]", "plain"),
+    "merge: too little shared memory": (MERGE, "kThreads * 16;", "kThreads * 12;", "asan"),
     "decode: words behind the payload": (DECODE, "return i < num_words ? words[i] : 0", "return words[i]", "asan"),
     "decode: any offset": (DECODE, "bool whole = words_left >= 0 && ", "bool whole = ", "asan"),
     "decode: bits of a descriptor that must be zero": (DECODE, "words_left >= 0 && fields >> 56 == 0", "words_left >= 0", "plain"),
@@ -104,7 +114,8 @@ MUTANTS = {
     "verdict: the first warp's blocks": (DECODE, "if (firsts[w] < first) first = firsts[w];", "", "plain"),
     "apply: no bound on weights": (TASK_VECTOR, "if (at >= weight.numel) return;", "", "asan"),
     "apply: the last vector whole": (
-        TASK_VECTOR, "if (weight.aligned && at + kVecElements<T> <= weight.numel) return *", "if (weight.aligned) return *",
+        TASK_VECTOR, "store_elements(weight, at, w);",
+        "*reinterpret_cast<Vec<T, kVecElements<T>>*>(weight.data + at) = w;",
         "asan",
     ),
     "apply: NaN changed": (TASK_VECTOR, "if ((touched >> e & 1) && x == x) w", "if (touched >> e & 1) w", "plain"),

@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -224,27 +225,34 @@ def merge_one(
 
 
 def _kernels(op: str, settings: Settings, tensor: Expert):
-    """What counts and sums over whole tensors: beside the Triton kernel PyTorch's operations on the device."""
-    return native if resolve(op, settings.backend, tensor.device.type) == "native" else reference
+    """What counts and sums over whole tensors: on a GPU PyTorch's operations, beside the kernel that merges."""
+    on_cpu = resolve(op, settings.backend, tensor.device.type) == "native" and tensor.device.type == "cpu"
+    return native if on_cpu else reference
+
+
+def _pass_over(op: str, settings: Settings, experts: list[Expert]) -> tuple[ModuleType, list[Expert]]:
+    """The module whose ``merge`` and ``decide_`` run, and the experts as they take them."""
+    device = experts[0].device.type
+    backend = resolve(op, settings.backend, device)
+    has_values = any(isinstance(expert, PackedDelta) and expert.values is not None for expert in experts)
+    if has_values and backend != "reference" and (backend, device) != ("native", "cpu"):
+        remedy = "pass backend='reference'"
+        raise value_error(op, "experts", f"whole tensors or ternary for the {backend} kernel", "values", remedy)
+    if backend == "triton":
+        from moe_kernels.ops.merge import triton  # imported when it is first asked for
+
+        return triton, [decompress(expert) if isinstance(expert, PackedDelta) else expert for expert in experts]
+    return native if backend == "native" else reference, experts
 
 
 def _merge(op: str, settings: Settings, base: Tensor | None, experts: list[Expert], recipe: Recipe):
-    if resolve(op, settings.backend, experts[0].device.type) != "triton":
-        return _kernels(op, settings, experts[0]).merge(base, experts, recipe)
-    from moe_kernels.ops.merge import triton  # imported when it is first asked for
-
-    for expert in experts:
-        if isinstance(expert, PackedDelta) and expert.values is not None:
-            remedy = "pass backend='reference'"
-            raise value_error(op, "experts", "whole tensors or ternary for the Triton kernel", "values", remedy)
-    return triton.merge(base, [decompress(e) if isinstance(e, PackedDelta) else e for e in experts], recipe)
+    kernels, experts = _pass_over(op, settings, experts)
+    return kernels.merge(base, experts, recipe)
 
 
 def _decide_(op: str, settings: Settings, merged: Tensor, undecided: Undecided, base, experts, recipe: Recipe) -> None:
-    if resolve(op, settings.backend, merged.device.type) == "triton":
-        merged.copy_(_merge(op, settings, base, experts, recipe)[0])
-    else:
-        _kernels(op, settings, merged).decide_(merged, undecided, base, experts, recipe)
+    kernels, experts = _pass_over(op, settings, experts)
+    kernels.decide_(merged, undecided, base, experts, recipe)
 
 
 def _counts(op: str, settings: Settings, name: str, expert: Tensor, base: Tensor | None) -> Tensor:

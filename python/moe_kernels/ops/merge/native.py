@@ -10,21 +10,18 @@ __all__ = ["count_magnitudes", "count_window", "decide_", "elected_signs", "end_
 
 _SOURCES = "Tensor? base, Tensor[] experts, float[] scales, int[] bounds, int[] keys, float[] factors"
 _RULE = "int election, int divisor, float constant, int zero_sign, float lambda_"
-torch.library.define(
-    "moe_kernels::merge",
-    f"({_SOURCES}, {_RULE}) -> (Tensor, Tensor, int)",
-)
+torch.library.define("moe_kernels::merge_experts", f"({_SOURCES}, {_RULE}) -> (Tensor, Tensor, int)")
 torch.library.define("moe_kernels::merge_ranges", f"(Tensor(a!) out, Tensor ranges, {_SOURCES}, {_RULE}) -> ()")
 torch.library.define("moe_kernels::elected_signs", f"({_SOURCES}) -> int")
 torch.library.define("moe_kernels::kept_magnitudes", f"({_SOURCES}) -> Tensor")
 
-merge_op = torch.ops.moe_kernels.merge.default
-merge_ranges_op = torch.ops.moe_kernels.merge_ranges.default
+merge_experts = torch.ops.moe_kernels.merge_experts.default
+merge_ranges = torch.ops.moe_kernels.merge_ranges.default
 elected_signs_op = torch.ops.moe_kernels.elected_signs.default
 kept_magnitudes_op = torch.ops.moe_kernels.kept_magnitudes.default
 
 
-@torch.library.register_fake("moe_kernels::merge")
+@torch.library.register_fake("moe_kernels::merge_experts")
 def _(base, experts, *rest):
     like = experts[0] if base is None else base
     ranges = like.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int64)
@@ -50,14 +47,14 @@ def _sources(experts: list[Expert], recipe: Recipe) -> tuple:
 
 
 def merge(base: Tensor | None, experts: list[Expert], recipe: Recipe) -> tuple[Tensor, Undecided | None]:
-    merged, undecided, signs = merge_op(base, *_sources(experts, recipe), *_rule(recipe))
+    merged, undecided, signs = merge_experts(base, *_sources(experts, recipe), *_rule(recipe))
     merged = merged.view((experts[0] if base is None else base).shape)
     return merged, Undecided(undecided, signs) if undecided.numel() else None
 
 
 def decide_(merged: Tensor, undecided: Undecided, base: Tensor | None, experts: list[Expert], recipe: Recipe) -> None:
     """The elements that waited for a ``zero_sign``, which the recipe has now."""
-    merge_ranges_op(merged, undecided.where, base, *_sources(experts, recipe), *_rule(recipe))
+    merge_ranges(merged, undecided.where, base, *_sources(experts, recipe), *_rule(recipe))
 
 
 def _rule(recipe: Recipe) -> tuple:

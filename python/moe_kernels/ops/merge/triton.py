@@ -171,3 +171,7 @@ def merge(base: Tensor | None, experts: list[Tensor | TernaryDelta], recipe: Rec
         return out, None
     undecided, signs = found.sum(0).tolist()
     return out, Undecided(found, signs) if undecided else None
+
+
+def decide_(merged: Tensor, undecided: Undecided, base: Tensor | None, experts: list, recipe: Recipe) -> None:
+    merged.copy_(merge(base, experts, recipe)[0])
