@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_kernels import PackedDelta, apply_, compress, decompress, unapply_
+from moe_kernels import PackedDelta, _dispatch, apply_, compress, decompress, merge, unapply_
 from moe_kernels.ops.task_vector import native, reference
 from moe_kernels.ops.task_vector.packed import HEADER_BYTES
 from moe_kernels.ops.task_vector.reference import bits
@@ -154,3 +154,14 @@ def test_registration():
     arguments = (planes, delta, delta * 2, [5000], 8.0, 1.0, 0, 2)
     torch.library.opcheck(native.pack_values, arguments)
     torch.library.opcheck(native.unpack_values, (native.pack_values(*arguments),))
+
+
+def test_other_kernels_say_that_they_have_none(monkeypatch):
+    """On a GPU ``auto`` is then the reference."""
+    monkeypatch.setattr(_dispatch, "_TRITON_INTERPRETS", True)
+    delta, weight = compress(torch.randn(70), 0.3, values=torch.float32), torch.randn(70)
+    with pytest.raises(RuntimeError, match="apply_ of values has no Triton kernels yet; use backend='reference'"):
+        apply_(weight, delta, backend="triton")
+    with pytest.raises(RuntimeError, match="merge of values has no Triton kernels yet; use backend='reference'"):
+        merge(weight, [delta], method="task_arithmetic", backend="triton")
+    assert _dispatch.resolve("apply_ of values", "auto", "cuda") == "reference"

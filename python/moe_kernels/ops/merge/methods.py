@@ -232,12 +232,9 @@ def _kernels(op: str, settings: Settings, tensor: Expert):
 
 def _pass_over(op: str, settings: Settings, experts: list[Expert]) -> tuple[ModuleType, list[Expert]]:
     """The module whose ``merge`` and ``decide_`` run, and the experts as they take them."""
-    device = experts[0].device.type
-    backend = resolve(op, settings.backend, device)
+    # task vectors of values have kernels on the CPU alone
     has_values = any(isinstance(expert, PackedDelta) and expert.values is not None for expert in experts)
-    if has_values and backend != "reference" and (backend, device) != ("native", "cpu"):
-        remedy = "pass backend='reference'"
-        raise value_error(op, "experts", f"whole tensors or ternary for the {backend} kernel", "values", remedy)
+    backend = resolve(f"{op} of values" if has_values else op, settings.backend, experts[0].device.type)
     if backend == "triton":
         from moe_kernels.ops.merge import triton  # imported when it is first asked for
 

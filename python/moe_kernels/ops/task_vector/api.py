@@ -62,7 +62,7 @@ def apply_(
         deltas: task vectors of the weight's shape, on its device. Packed ones are decoded on the way, a block of 4096
             elements at a time on the CPU; on a GPU their planes are made first, and the host waits for whether all
             blocks are whole. The CUDA kernels take up to 64.
-            Vectors of values run on the CPU, and with the reference.
+            Vectors of values have kernels on the CPU; on a GPU the reference adds them.
         coefficients: one for each, or one for all (ComPEFT's alpha, task arithmetic's lambda); may be negative.
         undo: whether to keep what :func:`unapply_` needs. On CUDA the host then waits for the device twice, for sizes.
         backend: see :mod:`moe_kernels`.
@@ -80,16 +80,16 @@ def apply_(
     with torch.no_grad():
         target = weight.detach()
         work = target.contiguous()
-        backend = resolve(op, backend, weight.device.type)
+        backend = resolve(_named(op, deltas), backend, weight.device.type)
         if backend == "reference":
             if undo:
                 parts = reference.apply_undoable_(work, _planes(deltas), values)
             else:
                 reference.apply_(work, _planes(deltas), values)
         elif undo:
-            parts = _kernels(backend).apply_ternary_undoable(work, _tensors(op, deltas, backend), values)
+            parts = _kernels(backend).apply_ternary_undoable(work, _tensors(deltas, backend), values)
         else:
-            _kernels(backend).apply_ternary(work, _tensors(op, deltas, backend), values)
+            _kernels(backend).apply_ternary(work, _tensors(deltas, backend), values)
         write_back(weight, target, work)
     return Undo(tuple(deltas), tuple(values), parts, _version(weight)) if undo else None
 
@@ -122,10 +122,10 @@ def unapply_(weight: Tensor, undo: Undo, *, backend: Backend = "auto") -> None:
         work = target.contiguous()
         if len(undo.parts) == 2:
             reference.unapply_(work, _planes(undo.deltas), undo.values, *undo.parts)
-        elif (backend := resolve(op, backend, weight.device.type)) == "reference":
+        elif (backend := resolve(_named(op, undo.deltas), backend, weight.device.type)) == "reference":
             raise value_error(op, "backend", "that of apply_", "reference")
         else:
-            _kernels(backend).unapply_ternary(work, _tensors(op, undo.deltas, backend), undo.values, *undo.parts)
+            _kernels(backend).unapply_ternary(work, _tensors(undo.deltas, backend), undo.values, *undo.parts)
         write_back(weight, target, work)
 
 
@@ -261,6 +261,12 @@ def _tensor(delta: TernaryDelta | PackedDelta) -> Tensor:
     return delta.data if isinstance(delta, PackedDelta) else delta.planes
 
 
+def _named(op: str, deltas) -> str:
+    """What :func:`resolve` knows the op as: vectors of values have kernels on the CPU alone."""
+    has_values = any(isinstance(delta, PackedDelta) and delta.values is not None for delta in deltas)
+    return f"{op} of values" if has_values else op
+
+
 def _kernels(backend: str):
     """The module whose functions run: native, or their Triton twins, which are imported when first asked for."""
     if backend == "native":
@@ -270,15 +276,9 @@ def _kernels(backend: str):
     return triton
 
 
-def _tensors(op: str, deltas, backend: str) -> list[Tensor]:
-    """What the kernels take: Triton's only planes, CUDA's no values."""
-    if backend != "native":
-        deltas = _planes(deltas)
-    device = deltas[0].device.type
-    if (backend, device) != ("native", "cpu") and any(getattr(delta, "values", None) for delta in deltas):
-        expected = f"ternary for the {backend} kernels on {device}"
-        raise value_error(op, "deltas", expected, "values", "pass backend='reference'")
-    return [_tensor(delta) for delta in deltas]
+def _tensors(deltas, backend: str) -> list[Tensor]:
+    """What the kernels take: Triton's only planes."""
+    return [_tensor(delta) for delta in (deltas if backend == "native" else _planes(deltas))]
 
 
 def _planes(deltas) -> list[TernaryDelta | PackedDelta]:
