@@ -53,6 +53,20 @@ MOE_PTX void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
 }
 
+// sums += A B by a warp: A [16, 16] in rows, B [16, 8] in columns, of pairs of 16-bit elements. With g = lane / 4 and
+// c = lane % 4, a has rows g and g + 8 of columns 2c and 2c + 1, then both of columns 2c + 8 and 2c + 9; b those rows of
+// column g; sums columns 2c and 2c + 1 of row g, then of row g + 8.
+MOE_PTX void mma_m16n8k16(bf16, float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+MOE_PTX void mma_m16n8k16(fp16, float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 #else
 
 #define MOE_PTX static inline
@@ -102,6 +116,26 @@ MOE_PTX void st_global_v4(void* to, const uint32_t (&words)[4]) {
     uint32_t values[4];
   };
   *static_cast<Words*>(to) = {{words[0], words[1], words[2], words[3]}};
+}
+
+MOE_PTX float element(bf16, uint32_t bits) { return float_of_bits(bits << 16); }
+MOE_PTX float element(fp16, uint32_t bits) { return cvt_f32_f16({static_cast<uint16_t>(bits)}); }
+
+template <class T>
+MOE_PTX void mma_m16n8k16(T type, float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  const int g = simt::lane() / 4, c = simt::lane() % 4;
+  for (int half = 0; half < 2; ++half) {    // of the products' columns
+    for (int lane = 0; lane < 4; ++lane) {  // that has two of them
+      uint32_t rows[2], columns[2];
+      for (int i = 0; i < 2; ++i) {
+        rows[i] = __shfl_sync(0xffffffffu, a[2 * half + i], 4 * g + lane);
+        columns[i] = __shfl_sync(0xffffffffu, b[half], 4 * (2 * c + i) + lane);
+      }
+      for (int part = 0; part < 32; part += 16)
+        for (int i = 0; i < 4; ++i)
+          sums[i] += element(type, rows[i / 2] >> part & 0xffff) * element(type, columns[i % 2] >> part & 0xffff);
+    }
+  }
 }
 
 template <int kBytes>

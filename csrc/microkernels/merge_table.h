@@ -67,15 +67,7 @@ const MergeKernelTable& merge_kernel_table();
 
 template <class T>
 const MergeKernels<T>& merge_kernels() {
-  const MergeKernelTable& table = merge_kernel_table();
-  if constexpr (__is_same(T, float))
-    return table.f32;
-  else if constexpr (__is_same(T, bf16))
-    return table.b16;
-  else if constexpr (__is_same(T, fp16))
-    return table.f16;
-  else
-    return table.f64;
+  return of_dtype<T>(merge_kernel_table());
 }
 
 }  // namespace moe

@@ -149,15 +149,7 @@ const MicrokernelTable& microkernel_table();
 
 template <class T>
 const Microkernels<T>& microkernels() {
-  const MicrokernelTable& table = microkernel_table();
-  if constexpr (__is_same(T, float))
-    return table.f32;
-  else if constexpr (__is_same(T, double))
-    return table.f64;
-  else if constexpr (__is_same(T, bf16))
-    return table.b16;
-  else
-    return table.f16;
+  return of_dtype<T>(microkernel_table());
 }
 
 }  // namespace moe

@@ -112,15 +112,7 @@ const TaskVectorKernelTable& task_vector_kernel_table();
 
 template <class T>
 const TaskVectorKernels<T>& task_vector_kernels() {
-  const TaskVectorKernelTable& table = task_vector_kernel_table();
-  if constexpr (__is_same(T, float))
-    return table.f32;
-  else if constexpr (__is_same(T, bf16))
-    return table.b16;
-  else if constexpr (__is_same(T, fp16))
-    return table.f16;
-  else
-    return table.f64;
+  return of_dtype<T>(task_vector_kernel_table());
 }
 
 }  // namespace moe

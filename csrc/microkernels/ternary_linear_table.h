@@ -45,15 +45,7 @@ const TernaryLinearKernelTable& ternary_linear_kernel_table();
 
 template <class T>
 const TernaryLinearKernels<T>& ternary_linear_kernels() {
-  const TernaryLinearKernelTable& table = ternary_linear_kernel_table();
-  if constexpr (__is_same(T, float))
-    return table.f32;
-  else if constexpr (__is_same(T, bf16))
-    return table.b16;
-  else if constexpr (__is_same(T, fp16))
-    return table.f16;
-  else
-    return table.f64;
+  return of_dtype<T>(ternary_linear_kernel_table());
 }
 
 }  // namespace moe

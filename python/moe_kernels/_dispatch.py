@@ -20,10 +20,11 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
 #: ops that have kernels in CUDA C++, and in Triton; every op has native kernels for the CPU
 CUDA_OPS = frozenset(
     {"plan_dispatch", "permute", "unpermute", "route", "route_weights", "expert_ffn"}
-    | {"apply_", "unapply_", "decompress", "merge"}
+    | {"apply_", "unapply_", "decompress", "merge", "ternary_linear"}
 )
 TRITON_OPS = CUDA_OPS | {
-    "grouped_gemm", "expert_ffn with gradients", "routed_lora", "lora_shrink", "lora_expand", "ternary_linear",
+    "grouped_gemm", "expert_ffn with gradients", "routed_lora", "lora_shrink", "lora_expand",
+    "ternary_linear of many or wide tokens",
 }  # fmt: skip
 #: of CUDA_OPS, those whose kernels are for compute capability 9.0 (H100, H200) alone
 SM90_OPS = frozenset({"expert_ffn"})

@@ -40,7 +40,7 @@ SHIPPED_KERNELS = {
     "route": (128, 0), "route_weights": (128, 0), "route_bwd": (128, 0),
     "apply_ternary": (256, 3), "count_touched": (256, 0), "scan_counts": (1024, 0), "apply_undoable": (512, 3),
     "collect_kept": (256, 0), "unapply_ternary": (512, 3), "decode_blocks": (256, 1), "verdict": (1024, 0),
-    "merge": (256, 1), "sum_found": (1024, 0),
+    "merge": (256, 1), "sum_found": (1024, 0), "ternary_linear": (128, 0),
 }  # fmt: skip
 
 

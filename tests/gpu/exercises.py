@@ -189,15 +189,16 @@ def exercise_ternary_linear(backend: str) -> None:
     # nine deltas take two launches; rows of 70 begin at any bit; a delta twice, one token without
     deltas = [TernaryDelta.from_signs(torch.randn(37, 70) * (torch.rand(37, 70) < 0.5), 0.5 + i) for i in range(9)]
     ids = torch.tensor([[0, 8], [3, 3], [-1, 9], [1, -1], [7, 2]])
-    weights = [torch.randn(5, 2), torch.randn(37, 70), torch.randn(37)]
+    dtype = torch.bfloat16 if backend == "native" else torch.float32  # the CUDA kernel is for 16 bits
+    weights = [torch.randn(5, 2), torch.randn(37, 70).to(dtype), torch.randn(37).to(dtype)]
 
     def op(x, a, w, bias, backend):
         with torch.no_grad():
             return ternary_linear(x, w, deltas, ids, a, bias=bias, backend=backend)
 
-    check(op, [torch.randn(5, 70), *weights], backend, backward=False)
+    check(op, [torch.randn(5, 70).to(dtype), *weights], backend, backward=False)
     # whose products are not finite does not reach those beside it, and gets nothing from a delta that it has not
-    x = torch.randn(5, 70)
+    x = torch.randn(5, 70).to(dtype)
     x[0, 69], x[2, 3] = float("nan"), float("inf")
     with torch.no_grad():
         out = ternary_linear(x, weights[1].abs(), deltas, ids, backend=backend)
@@ -289,7 +290,6 @@ def exercise_lora_halves(backend: str) -> None:
 TRITON_EXERCISES = {
     "grouped_gemm": exercise_grouped_gemm,
     "expert_ffn": exercise_expert_ffn,
-    "ternary_linear": exercise_ternary_linear,
     "unpack": exercise_unpack,
     "routed_lora": exercise_routed_lora,
     "lora halves": exercise_lora_halves,
@@ -302,6 +302,7 @@ EXERCISES: dict[str, Callable[[str], None]] = {
     "route": exercise_route,
     "merge": exercise_merge,
     "task_vector": exercise_task_vector,
+    "ternary_linear": exercise_ternary_linear,
     "decode": exercise_decode,
     "task vector of many blocks": exercise_many_blocks,
 }

@@ -55,6 +55,8 @@ MUTANTS = [
     ("merge", "merge_kernelIfE", "no barrier", r"bar\.sync\s+0;", "", "race"),
     ("merge", "merge_kernelIfE", "sums for products", r"mul\.(rn\.)?f32", r"add.f32", "numbers"),
     ("merge", "merge_kernelIfE", "a sum of some lanes", r"shfl\.sync\.bfly", "shfl.sync.idx", "numbers"),
+    ("ternary_linear", "ternary_linear_kernelINS_4bf16ELi1E", "no barrier", r"bar\.sync\s+0;", "", "race"),
+    ("ternary_linear", "ternary_linear_kernelINS_4bf16ELi1E", "bits of the next element", r"shr\.u64", "shl.b64", "numbers"),
     ("merge", "sum_found_kernel", "no barrier", r"bar\.sync\s+0;", "", "race"),
     ("task_vector", "collect_kept_kernelIfE", "the next value", r"(ld\.global\.nc\.f32 %f\d+, \[%rd\d+)\]", r"\1+4]",
      "numbers|uninit|out of"),

@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 
 from moe_kernels import TernaryDelta, ternary_linear
 from moe_kernels.ops.ternary_linear import native
-from tests.ops.helpers import DTYPES, LOW_DTYPES, check, check_exact, leaf, small_integers, strided
+from tests.ops.helpers import DTYPES, LOW_DTYPES, SLOW, check, check_exact, leaf, small_integers, strided
 
 OP = "ternary_linear"
-GPU_KERNELS = ["triton-cpu", "triton-ptx", "triton-cuda"]
+GPU_KERNELS = ["native-simt", "native-ptx", "native-cuda", "triton-cpu", "triton-ptx", "triton-cuda"]
+#: those that take 16 bits alone
+OF_16_BITS = ("native-simt", "native-ptx", "native-cuda")
 
 
 def make_deltas(count: int, out_features: int, in_features: int, density: float = 0.3, generator=None):
@@ -251,8 +253,10 @@ def test_forward_on_gpus(backend, kernel_id, dtype, sizes, top_k):
     """More deltas than one launch takes; ids of none; rows of planes that begin at any bit."""
     if kernel_id == "triton-ptx" and dtype == torch.float64:
         pytest.skip("the interpreter has no products of float64 matrices")
+    if kernel_id in OF_16_BITS and dtype.itemsize != 2:
+        pytest.skip("the CUDA kernel is for 16 bits")
     num_tokens, in_features, out_features = sizes
-    count = 10 if kernel_id != "triton-ptx" else 9 if sizes == (3, 5, 7) else 2
+    count = 10 if kernel_id not in ("triton-ptx", "native-ptx") else 9 if sizes == (3, 5, 7) else 2
     deltas = make_deltas(count, out_features, in_features)
     ids, weights = pairs(num_tokens, count, top_k or count)
     tensors = [
@@ -270,14 +274,43 @@ def test_forward_on_gpus(backend, kernel_id, dtype, sizes, top_k):
 
 
 @pytest.mark.on_gpus
+def test_many_tokens_and_steps_on_gpus(backend):
+    """Several blocks of tokens and rows, several steps of a warp; rows of W that are aligned, and that are not."""
+    deltas = make_deltas(1, 40, 330)
+    for in_features in (328, 330):
+        x, weight = torch.randn(37, in_features).bfloat16(), torch.randn(40, in_features).bfloat16()
+        some = [TernaryDelta.from_signs(deltas[0].signs()[:, :in_features], 0.5)]
+
+        def op(x, w, backend, some=some):
+            with torch.no_grad():
+                return ternary_linear(x, w, some, backend=backend)
+
+        check(op, [x, weight], backend, backward=False)
+
+
+@pytest.mark.on_gpus
+def test_cuda_says_what_it_takes(backend, kernel_id):
+    if kernel_id not in OF_16_BITS:
+        pytest.skip("others take it")
+    deltas = make_deltas(1, 4, 8)
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="the CUDA kernel takes bfloat16 and float16; use backend='triton'"):
+            ternary_linear(torch.randn(2, 8), torch.randn(4, 8), deltas, backend=backend)
+        x, weight = torch.randn(2, 8).half(), torch.randn(4, 8).half()
+        with pytest.raises(RuntimeError, match="deltas must be at most 64 on a GPU, got 65; use backend='triton'"):
+            ternary_linear(x, weight, deltas * 65, backend=backend)
+
+
+@pytest.mark.on_gpus
 def test_a_token_has_the_same_bits_in_any_batch_on_gpus(backend, kernel_id):
     deltas = make_deltas(2, 33, 70)
-    x, weight = torch.randn(19, 70), torch.randn(33, 70)
+    dtype = torch.bfloat16 if kernel_id in OF_16_BITS else torch.float32
+    x, weight = torch.randn(19, 70).to(dtype), torch.randn(33, 70).to(dtype)
     x[4, 3], x[5] = float("nan"), 0
     ids = torch.randint(-1, 2, (19, 1))
     together = ternary_linear(x, weight, deltas, ids, backend=backend)
-    for token in (0, 5, 18) if kernel_id == "triton-ptx" else range(19):
+    for token in (0, 5, 18) if kernel_id in SLOW else range(19):
         alone = ternary_linear(x[token : token + 1], weight, deltas, ids[token : token + 1], backend=backend)
-        if kernel_id.startswith("triton"):
+        if kernel_id != "native-cpu":
             assert torch.equal(alone[0].nan_to_num(7), together[token].nan_to_num(7))
         assert bool(alone.isnan().all()) == (token == 4)

@@ -128,6 +128,12 @@ def exercise_merge(seed: int) -> None:
     exercises.exercise_merge("native")
 
 
+def exercise_ternary_linear(seed: int) -> None:
+    from tests.gpu import exercises
+
+    exercises.exercise_ternary_linear("native")
+
+
 EXERCISES = {
     "plan_dispatch_cuda.cu": exercise_permute,
     "permute_cuda.cu": exercise_permute,
@@ -135,6 +141,7 @@ EXERCISES = {
     "task_vector_cuda.cu": exercise_task_vector,
     "decode_cuda.cu": exercise_decode,
     "merge_cuda.cu": exercise_merge,
+    "ternary_linear_cuda.cu": exercise_ternary_linear,
 }
 
 

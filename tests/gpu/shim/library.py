@@ -110,8 +110,9 @@ def native_modules() -> list[ModuleType]:
     from moe_kernels.ops.permute import native as permute
     from moe_kernels.ops.route import native as route
     from moe_kernels.ops.task_vector import native as task_vector
+    from moe_kernels.ops.ternary_linear import native as ternary_linear
 
-    return [merge, permute, route, task_vector]
+    return [merge, permute, route, task_vector, ternary_linear]
 
 
 def op_names() -> list[str]:

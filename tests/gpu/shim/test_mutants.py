@@ -10,6 +10,7 @@ pytestmark = pytest.mark.skipif(library.missing_reason() is not None, reason=str
 
 PLAN, PERMUTE, ROUTE = "plan_dispatch_cuda.cu", "permute_cuda.cu", "route_cuda.cu"
 TASK_VECTOR, DECODE, MERGE = "task_vector_cuda.cu", "decode_cuda.cu", "merge_cuda.cu"
+TERNARY = "ternary_linear_cuda.cu"
 
 #: source, what is taken out, what comes in, the build that must see it
 MUTANTS = {
@@ -86,7 +87,17 @@ MUTANTS = {
     "merge: no barrier before all blocks' sums are read": (
         MERGE, "__syncthreads();\n  if (thread >= 2)", "if (thread >= 2)", "tsan",
     ),
+    "ternary: no barrier before the parts are added": (TERNARY, "__syncthreads();", "", "tsan"),
     # masks and bounds
+    "ternary: rows behind the last": (TERNARY, "i < num_rows ? num_columns : 0", "num_columns", "asan"),
+    "ternary: bits of one group": (TERNARY, "if (shift > kTernaryGroup - 8 && group", "if (false && group", "plain"),
+    "ternary: planes behind the last group": (TERNARY, "group < num_groups ? planes", "true ? planes", "asan"),
+    "ternary: a delta twice counts once": (TERNARY, "factor += weight", "factor = weight", "plain"),
+    "ternary: products with others' deltas": (TERNARY, "if (users >> token & 1) ", "", "plain"),
+    "ternary: features of one warp": (TERNARY, "for (int w = 0; w < kWarps; ++w) sum", "for (int w = 0; w < 1; ++w) sum", "plain"),
+    "ternary: outputs behind the last": (
+        TERNARY, "if (token >= x.num_rows || column >= weight.num_rows) continue;", "if (token >= x.num_rows) continue;", "asan",
+    ),
     "merge: planes behind the last": (MERGE, "if (!inside) return;", "", "asan"),
     "merge: all equals of the threshold": (MERGE, "< lower + (e < equals ? 0 : 1)", "< lower", "plain"),
     "merge: signs of no sum": (MERGE, "? rule.zero_sign : Acc(1)", "? Acc(0) : Acc(1)", "plain"),

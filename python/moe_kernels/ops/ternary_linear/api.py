@@ -94,7 +94,7 @@ def ternary_linear(
     )  # fmt: skip
     differentiable = (x, weight, bias, delta_weights)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    backend = resolve(f"{op} with gradients" if needs_grad else op, backend, x.device.type)
+    backend = resolve(_named(op, rows, needs_grad), backend, x.device.type)
     if backend == "reference":
         out = reference.ternary_linear(rows, weight, deltas, values, delta_ids, delta_weights, bias)
     elif backend == "triton":
@@ -106,6 +106,15 @@ def ternary_linear(
     else:
         out = native.ternary_linear(rows, weight, planes, values, delta_ids, delta_weights, bias)
     return out.reshape(*x.shape[:-1], weight.shape[0])
+
+
+def _named(op: str, rows: Tensor, needs_grad: bool) -> str:
+    """What :func:`resolve` knows the op as: the CUDA kernel is for few tokens of 16 bits."""
+    if needs_grad:
+        return f"{op} with gradients"
+    if rows.device.type == "cuda" and (rows.dtype.itemsize != 2 or rows.shape[0] > 64):
+        return f"{op} of many or wide tokens"
+    return op
 
 
 def _check_deltas(op: str, weight: Tensor, deltas, coefficients) -> tuple[list[TernaryDelta], list[float]]:
