@@ -4,6 +4,7 @@ Imported on demand: ``import moe_kernels`` does not load it.
 """
 
 from moe_kernels.distributed.balance import balance_loss
+from moe_kernels.distributed.checkpoint import checkpointable
 from moe_kernels.distributed.data import data_parallel, fully_shard_experts
 from moe_kernels.distributed.expert_parallel import ExpertParallel, shard_experts
 from moe_kernels.distributed.ffn import expert_parallel_ffn
@@ -14,6 +15,7 @@ __all__ = [
     "ExpertParallel",
     "apply_",
     "balance_loss",
+    "checkpointable",
     "data_parallel",
     "expert_parallel_ffn",
     "expert_parallel_lora",

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup
 
 from moe_kernels._checks import value_error
+from moe_kernels.distributed.sizes import Team
 from moe_kernels.distributed.trip import Trip
 
 
@@ -18,9 +18,7 @@ def run_in_chunks(
     parameters: tuple[Tensor, ...],
     experts: Callable[..., Tensor],
     chunk_tokens: int,
-    num_experts: int,
-    group: ProcessGroup,
-    layer: str,
+    team: Team,
 ) -> Tensor:
     """:class:`Trip` of ``chunk_tokens`` tokens of each rank at a time.
 
@@ -39,7 +37,7 @@ def run_in_chunks(
 
     def set_out(*chunk: Tensor) -> Trip:
         options = {"chunk_tokens": chunk_tokens, "num_tokens": hidden_states.shape[0]}
-        return Trip(*chunk, num_experts, group, layer, **options)
+        return Trip(*chunk, team, **options)
 
     return _Chunks.apply(set_out, experts, chunk_tokens, hidden_states, topk_ids, topk_weights, *parameters)
 

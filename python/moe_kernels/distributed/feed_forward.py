@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from moe_kernels._checks import shape_error
 from moe_kernels.activation import Activation
@@ -14,7 +15,11 @@ from moe_kernels.nn import MoEFeedForward
 
 
 def spread_feed_forward(module: MoEFeedForward, where: Placed, source: int | None) -> None:
-    place(module, ["gate_up_proj", "down_proj"], where, source)
+    if module.activation.gated:
+        rows = _StridedShard(1, split_factor=2)  # a slice of the gate rows and the same of the up rows behind them
+    else:
+        rows = Shard(1)
+    place(module, {"gate_up_proj": rows, "down_proj": Shard(2)}, where, source)
     module.run_experts = RunSharded(where)
     module.register_forward_pre_hook(_check_input, with_kwargs=True)
 
@@ -38,7 +43,7 @@ class RunSharded:
     ) -> tuple[Tensor, Tensor | None]:
         where = self.where
         weights = [local_shard(weight, where) for weight in (gate_up_proj, down_proj)]
-        how = (activation, where.chunk_tokens, where.group, where.layer)
+        how = (activation, where.chunk_tokens, where.team(gate_up_proj.shape[0]))
         return run_ffn(hidden_states, topk_ids, topk_weights, *weights, *how, beside=beside)
 
 

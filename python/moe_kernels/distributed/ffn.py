@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from moe_kernels._dispatch import autocast, autocast_enabled
 from moe_kernels.activation import Activation
 from moe_kernels.distributed.chunks import run_in_chunks
+from moe_kernels.distributed.sizes import Team
 from moe_kernels.distributed.trip import Trip
 from moe_kernels.ops.expert_ffn import expert_ffn
 
@@ -27,6 +28,7 @@ def expert_parallel_ffn(
     layer: str = "expert_parallel_ffn",
     activation: Activation = _SILU,
     chunk_tokens: int | None = None,
+    tensor_ranks: int = 1,
 ) -> Tensor:
     """:func:`moe_kernels.expert_ffn` where each rank has tokens of its own and its share of the experts.
 
@@ -38,12 +40,16 @@ def expert_parallel_ffn(
         topk_ids: [num_tokens, top_k], int32 or int64, in [0, num_experts) over all ranks; others are skipped.
         topk_weights: [num_tokens, top_k].
         gate_up_proj, down_proj: this rank's experts, [num_experts / world_size, ...], as many on each rank: rank r has
-            the r-th block.
+            the r-th block. With ``tensor_ranks``: the r // tensor_ranks-th of fewer and larger blocks, and of each
+            expert the gate rows, the up rows and the columns of ``down_proj`` that are the
+            r % tensor_ranks-th slice of the intermediate dimension.
         group: the ranks; all of them must call, and run backward where a gradient is needed.
         layer: name for errors.
         activation: see :func:`expert_ffn`.
         chunk_tokens: how many tokens of each rank travel at a time; None for all. It bounds the memory, also that kept
             for backward, where all tokens go to one rank; see :mod:`moe_kernels.distributed.chunks` for its price.
+        tensor_ranks: how many neighbours share each expert (tensor parallelism inside an expert). A token's row goes to
+            all of them, and each returns its slice's part of the sum.
 
     Returns:
         [num_tokens, hidden_size], dtype of ``hidden_states`` (autocast as in :func:`expert_ffn`; rows then travel in
@@ -52,15 +58,15 @@ def expert_parallel_ffn(
         Differentiable as :func:`expert_ffn`. A rank's sum over its experts is rounded to the dtype of the rows before
         it travels, and the sums are added in rising order of ranks. So a token's output has the same bits whichever
         rank it starts on and whatever tokens stand beside it or elsewhere; it equals a single process to rounding, and
-        to the bit where all experts of a token are on one rank. The gradient of the experts adds rows in order of
+        to the bit where all experts of a token are, whole, on one rank. The gradient of the experts adds rows in order of
         ranks, then tokens: it is that of one process which has the ranks' tokens one after another, to the bit.
 
     Raises:
         ValueError: on every rank, where the ranks' layers or dtypes differ; it names layer and rank.
     """
-    out, _ = run_ffn(
-        hidden_states, topk_ids, topk_weights, gate_up_proj, down_proj, activation, chunk_tokens, group, layer
-    )
+    team = Team(group, layer, gate_up_proj.shape[0] * (group.size() // tensor_ranks), tensor_ranks)
+    weights = (gate_up_proj, down_proj)
+    out, _ = run_ffn(hidden_states, topk_ids, topk_weights, *weights, activation, chunk_tokens, team)
     return out
 
 
@@ -73,8 +79,7 @@ def run_ffn(
     down_proj: Tensor,
     activation: Activation,
     chunk_tokens: int | None,
-    group: ProcessGroup,
-    layer: str,
+    team: Team,
     *,
     beside: Callable[[], Tensor | None] = lambda: None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -83,10 +88,9 @@ def run_ffn(
     if autocast_enabled(device_type):
         hidden_states, gate_up_proj, down_proj = autocast(device_type, hidden_states, gate_up_proj, down_proj)
     batch, weights = (hidden_states, topk_ids, topk_weights), (gate_up_proj, down_proj)
-    where = (gate_up_proj.shape[0] * group.size(), group, layer)
     experts = partial(expert_ffn, activation=activation)
     if chunk_tokens is not None:
-        return run_in_chunks(*batch, weights, experts, chunk_tokens, *where), beside()
-    trip = Trip(*batch, *where)
+        return run_in_chunks(*batch, weights, experts, chunk_tokens, team), beside()
+    trip = Trip(*batch, team)
     found = beside()
     return trip.run(lambda *rows: experts(*rows, *weights)).finish(), found

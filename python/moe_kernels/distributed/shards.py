@@ -6,10 +6,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import DeviceMesh, ProcessGroup
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from moe_kernels._checks import FLOAT_DTYPES, value_error
-from moe_kernels.distributed.sizes import raise_disagreement
+from moe_kernels.distributed.checkpoint import need_checkpointable
+from moe_kernels.distributed.sizes import Team, raise_disagreement
 
 _OP = "ExpertParallel"
 
@@ -18,18 +20,44 @@ class Placed(NamedTuple):
     """Where a module's experts are; its attribute ``expert_parallel``.
 
     Attributes:
-        mesh: one dimension, the ranks that share the experts.
+        mesh: the ranks that share the experts; a second dimension splits the intermediate dimension of each.
+        everyone: the same ranks in one dimension.
         layer: name for errors.
         chunk_tokens: see :func:`moe_kernels.distributed.expert_parallel_ffn`.
     """
 
     mesh: DeviceMesh
+    everyone: DeviceMesh
     layer: str
     chunk_tokens: int | None
 
     @property
     def group(self) -> ProcessGroup:
-        return self.mesh.get_group()
+        return self.everyone.get_group()
+
+    @property
+    def tensor_ranks(self) -> int:
+        """How many ranks share each expert."""
+        return self.mesh.size(1) if self.mesh.ndim == 2 else 1
+
+    def team(self, num_experts: int) -> Team:
+        return Team(self.group, self.layer, num_experts, self.tensor_ranks)
+
+
+def locate(mesh: DeviceMesh, layer: str, chunk_tokens: int | None, tensor_dim: str | None) -> Placed:
+    """Where experts go on a mesh of ranks.
+
+    Raises:
+        ValueError: the mesh is not of the experts' dimension, then ``tensor_dim`` where it is given.
+    """
+    op, names = f"{_OP}: {layer}", mesh.mesh_dim_names or ()
+    if tensor_dim is None and mesh.ndim != 1:
+        remedy = "give the dimension of the experts, mesh['expert'], or name the other one by tensor_dim"
+        raise value_error(op, "device_mesh", "of one dimension", mesh.ndim, remedy)
+    if tensor_dim is not None and (mesh.ndim != 2 or names[1:] != (tensor_dim,)):
+        remedy = f"give mesh['expert', '{tensor_dim}']"
+        raise value_error(op, "device_mesh", f"of two dimensions, the second '{tensor_dim}'", f"{names}", remedy)
+    return Placed(mesh, mesh if mesh.ndim == 1 else mesh._flatten(), layer, chunk_tokens)
 
 
 def placed_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -42,19 +70,22 @@ def sharded_names(module: nn.Module) -> list[str]:
     return [name for name, weight in module.named_parameters(recurse=False) if isinstance(weight, DTensor)]
 
 
-def place(module: nn.Module, names: list[str], where: Placed, source: int | None) -> None:
-    """Spreads the named parameters [num_experts, ...] of a module, and makes the rest of it the same on all ranks.
+def place(module: nn.Module, slices: dict[str, Placement], where: Placed, source: int | None) -> None:
+    """Spreads parameters [num_experts, ...] of a module, and makes the rest of it the same on all ranks.
 
     Args:
+        slices: their names, and how the ranks that share an expert cut it.
         source: the rank of the mesh whose values count; None takes each rank's own.
 
     Raises:
         ValueError: a parameter that cannot be spread, or is another one elsewhere (on every rank).
     """
-    weights = {name: getattr(module, name) for name in names}
-    _check(weights, where)
+    weights = {name: getattr(module, name) for name in slices}
+    _check(weights, slices, where)
     for name, weight in weights.items():
-        shard = distribute_tensor(weight.detach(), where.mesh, [Shard(0)], src_data_rank=source)
+        cut = slices[name] if where.tensor_ranks > 1 else Shard(0)  # which over one rank is the whole
+        placements = [Shard(0), cut][: where.mesh.ndim]
+        shard = distribute_tensor(weight.detach(), where.mesh, placements, src_data_rank=source)
         module.register_parameter(name, nn.Parameter(shard, requires_grad=weight.requires_grad))
     if source is not None:
         with torch.no_grad():
@@ -62,22 +93,24 @@ def place(module: nn.Module, names: list[str], where: Placed, source: int | None
                 if not isinstance(tensor, DTensor) and not tensor.is_meta:
                     dist.broadcast(tensor, group=where.group, group_src=source)
     module.expert_parallel = where
+    if where.tensor_ranks > 1:
+        module.register_state_dict_post_hook(need_checkpointable)
 
 
 def local_shard(weight: DTensor, where: Placed) -> Tensor:
     """What this rank computes with; its gradient counts as one of the mesh's ranks, whose mean is the expert's."""
-    shard = weight.to_local()
-    if shard.requires_grad and where.mesh.size() > 1:
-        shard.register_hook(lambda grad: grad / where.mesh.size())
+    shard, share = weight.to_local(), 1.0 / where.mesh.size()
+    if where.tensor_ranks > 1 and weight.placements[1].is_replicate():
+        # a bias behind the sum over slices: each rank adds its part, and each knows the whole gradient
+        shard, share = shard / where.tensor_ranks, share * where.tensor_ranks
+    if shard.requires_grad and share != 1.0:
+        shard.register_hook(lambda grad: grad * share)
     return shard
 
 
-def _check(weights: dict[str, Tensor], where: Placed) -> None:
+def _check(weights: dict[str, Tensor], slices: dict[str, Placement], where: Placed) -> None:
     mesh, layer = where.mesh, where.layer
     op = f"{_OP}: {layer}"
-    if mesh.ndim != 1:
-        remedy = "give the dimension of the experts, mesh['expert']"
-        raise value_error(op, "device_mesh", "of one dimension", mesh.ndim, remedy)
     for name, weight in weights.items():
         if not isinstance(weight, nn.Parameter) or isinstance(weight, DTensor):
             found = "DTensor" if isinstance(weight, DTensor) else type(weight).__name__
@@ -93,7 +126,14 @@ def _check(weights: dict[str, Tensor], where: Placed) -> None:
         if len(set(layouts)) > 1:
             raise_disagreement(layer, name, layouts)
     num_experts = next(iter(weights.values())).shape[0]
-    if num_experts % mesh.size():
-        expected = f"a multiple of the {mesh.size()} ranks"
+    if num_experts % mesh.size(0):
+        expected = f"a multiple of the {mesh.size(0)} ranks"
         remedy = "choose a mesh dimension that divides it, or add experts"
         raise value_error(op, "num_experts", expected, num_experts, remedy)
+    for name, weight in weights.items():
+        if isinstance(slices[name], Shard | _StridedShard):
+            parts = slices[name].split_factor if isinstance(slices[name], _StridedShard) else 1
+            intermediate_size = weight.shape[slices[name].dim] // parts
+            if intermediate_size % where.tensor_ranks:
+                expected = f"a multiple of the {where.tensor_ranks} ranks that share an expert"
+                raise value_error(op, f"intermediate size of {name}", expected, intermediate_size)
