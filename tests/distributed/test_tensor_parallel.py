@@ -405,7 +405,11 @@ def test_experts_of_transformers(ranks, name, tensor_ranks, chunk_tokens):
 
 
 def refused(kind: str) -> None:
-    mesh = grid(2, 2)
+    mesh, module = grid(2, 2), None
+    if kind in ("norm", "parameter", "gate"):
+        from tests.distributed.test_experts_modules import build
+
+        module = build("MixtralExperts")
     if kind == "uneven":
         shard_experts(nn.ModuleDict({"mlp": MoEFeedForward(8, 5, 4, 2)}), mesh["expert", "tensor"], tensor_dim="tensor")
     elif kind == "other order":
@@ -415,24 +419,30 @@ def refused(kind: str) -> None:
     elif kind == "not named":
         shard_experts(Model(), mesh["expert", "tensor"])
     elif kind == "norm":
-        from tests.distributed.test_experts_modules import build
-
-        module = build("MixtralExperts")
         module.has_post_expert_norm = True
+    elif kind == "parameter":
+        module.scale = nn.Parameter(torch.ones(module.num_experts, 3))
+    elif kind == "gate":
+        module._apply_gate = lambda h: h.softmax(1).chunk(2, 1)[0]
+    if module is not None:
         ExpertParallel("layer 3", tensor_dim="tensor")._apply(module, mesh["expert", "tensor"])
 
 
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("uneven", "mlp: intermediate size of gate_up_proj must be a multiple of the 2 ranks that share an expert, got 5"),
-        ("other order", "mlp: device_mesh must be of two dimensions, the second 'expert', got ('expert', 'tensor'); give"),
-        ("one dimension", "mlp: device_mesh must be of two dimensions, the second 'tensor', got ('expert',); give mesh"),
+        ("uneven", "mlp: intermediate size of gate_up_proj must be a multiple of the 2 ranks that share an expert"),
+        ("other order", "mlp: device_mesh must be of two dimensions, the second 'expert', got ('expert', 'tensor')"),
+        ("one dimension", "mlp: device_mesh must be of two dimensions, the second 'tensor', got ('expert',); give"),
         ("not named", "mlp: device_mesh must be of one dimension, got 2; give the dimension of the experts, mesh['exp"),
         ("norm", "layer 3: tensor_dim must be None where a norm follows each expert, got tensor; a norm needs"),
+        ("parameter", "layer 3: tensor_dim must be None for this class, got a parameter scale; it is not known how to"),
+        ("gate", "layer 3: tensor_dim must be None for this class, got a gate that sees more than its element; spread"),
     ],
 )  # fmt: skip
 def test_refusals(ranks, kind, message):
+    if message.startswith("layer 3"):
+        pytest.importorskip("tests.distributed.test_experts_modules")
     for line in failure(ranks, refused, kind):
         assert line.startswith(f"ValueError: ExpertParallel: {message}"), line
 

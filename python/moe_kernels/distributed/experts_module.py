@@ -49,16 +49,24 @@ def _check_slices(module: nn.Module, where: Placed) -> None:
     """Raises where a slice of the intermediate dimension by itself would be something else than a part of the whole."""
     op = f"ExpertParallel: {where.layer}"
     if getattr(module, "has_post_expert_norm", False):
-        remedy = "a norm needs the whole sum; spread whole experts, without tensor_dim"
-        raise value_error(
-            op, "tensor_dim", "None where a norm follows each expert", where.mesh.mesh_dim_names[1], remedy
-        )
+        expected, remedy = "None where a norm follows each expert", "a norm needs the whole sum; spread whole experts"
+        raise value_error(op, "tensor_dim", expected, where.mesh.mesh_dim_names[1], remedy)
     unknown = [
         name for name, _ in module.named_parameters(recurse=False) if name not in {*_slices(module), "down_proj_bias"}
     ]
     if unknown:
-        remedy = "it is not known how to cut it; spread whole experts, without tensor_dim"
+        remedy = "it is not known how to cut it; spread whole experts"
         raise value_error(op, "tensor_dim", "None for this class", f"a parameter {unknown[0]}", remedy)
+    up, gate = (module.gate_up_proj, module._apply_gate) if module.has_gate else (module.up_proj, module.act_fn)
+    if up.is_meta:
+        return
+    h = torch.linspace(-3, 3, up.shape[2 if module.is_transposed else 1], dtype=up.dtype, device=up.device)[None]
+    halves = 2 if module.has_gate and module.is_concatenated else 1
+    parts = [part.flatten(1) for part in h.unflatten(1, (halves, -1)).chunk(where.tensor_ranks, 2)]
+    with torch.no_grad():
+        if not torch.allclose(torch.cat([gate(part) for part in parts], 1), gate(h)):
+            remedy = "spread whole experts"
+            raise value_error(op, "tensor_dim", "None for this class", "a gate that sees more than its element", remedy)
 
 
 @torch.compiler.disable  # sizes that only the host knows break the graph anyway

@@ -58,8 +58,8 @@ def expert_parallel_ffn(
         Differentiable as :func:`expert_ffn`. A rank's sum over its experts is rounded to the dtype of the rows before
         it travels, and the sums are added in rising order of ranks. So a token's output has the same bits whichever
         rank it starts on and whatever tokens stand beside it or elsewhere; it equals a single process to rounding, and
-        to the bit where all experts of a token are, whole, on one rank. The gradient of the experts adds rows in order of
-        ranks, then tokens: it is that of one process which has the ranks' tokens one after another, to the bit.
+        to the bit where all experts of a token are, whole, on one rank. The gradient of the experts adds rows in order
+        of ranks, then tokens: it is that of one process which has the ranks' tokens one after another, to the bit.
 
     Raises:
         ValueError: on every rank, where the ranks' layers or dtypes differ; it names layer and rank.

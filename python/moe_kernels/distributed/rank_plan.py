@@ -14,8 +14,8 @@ class RankPlan(NamedTuple):
     Attributes:
         tokens: plan of (token, rank) pairs, with ranks in the place of experts: a token's row is sent once to each rank
             that owns one of its experts, however many it owns.
-        pairs: plan of the token-expert pairs by rank, each pair a row for each rank of its expert; within a rank by token, and of one
-            token by expert.
+        pairs: plan of the token-expert pairs by rank, each pair a row for each rank of its expert; within a rank by
+            token, and of one token by expert.
         codes: [num_tokens * top_k] int32, what a rank is told of each pair: twice the expert's number among the rank's
             own, plus 1 in the first pair of a row.
         topk_weights: [num_tokens, top_k], in the order of the pairs' experts.

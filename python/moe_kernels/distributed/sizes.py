@@ -94,8 +94,8 @@ def exchange_sizes(
     failed = [rank for rank, peer in enumerate(received) if peer[0] < 0]
     if failed:
         raise RuntimeError(
-            f"ExpertParallel: {team.layer}: all ranks of the expert group must reach this exchange, but ranks {failed} met "
-            "an error before it; see their own errors"
+            f"ExpertParallel: {team.layer}: all ranks of the expert group must reach this exchange, but ranks {failed} "
+            "met an error before it; see their own errors"
         )
     _check_agreement([peer[4:] for peer in received], team.layer)
     return Sizes(
