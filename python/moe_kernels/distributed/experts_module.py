@@ -13,6 +13,7 @@ from torch.func import functional_call
 
 from moe_kernels._checks import shape_error, value_error
 from moe_kernels.distributed.chunks import run_in_chunks
+from moe_kernels.distributed.faults import announcing
 from moe_kernels.distributed.shards import Placed, local_shard, place, sharded_names
 from moe_kernels.distributed.trip import Trip
 
@@ -85,9 +86,10 @@ def _forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_
 
     batch, parameters = (hidden_states, top_k_index, top_k_weights), tuple(weights.values())
     team = where.team(self.num_experts)
-    if where.chunk_tokens is not None:
-        return run_in_chunks(*batch, parameters, experts, where.chunk_tokens, team)
-    return Trip(*batch, team).run(lambda *rows: experts(*rows, *parameters)).finish()
+    with announcing(team.group, team.layer):
+        if where.chunk_tokens is not None:
+            return run_in_chunks(*batch, parameters, experts, where.chunk_tokens, team)
+        return Trip(*batch, team).run(lambda *rows: experts(*rows, *parameters)).finish()
 
 
 class _Local(nn.Module):

@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from moe_kernels._dispatch import autocast, autocast_enabled
 from moe_kernels.activation import Activation
 from moe_kernels.distributed.chunks import run_in_chunks
+from moe_kernels.distributed.faults import announcing
 from moe_kernels.distributed.sizes import Team
 from moe_kernels.distributed.trip import Trip
 from moe_kernels.ops.expert_ffn import expert_ffn
@@ -63,6 +64,8 @@ def expert_parallel_ffn(
 
     Raises:
         ValueError: on every rank, where the ranks' layers or dtypes differ; it names layer and rank.
+        RuntimeError: on the others, where a rank met an error or did not come; it names layer and rank, as far as they
+            are known (see docs/distributed.md).
     """
     team = Team(group, layer, gate_up_proj.shape[0] * (group.size() // tensor_ranks), tensor_ranks)
     weights = (gate_up_proj, down_proj)
@@ -89,8 +92,9 @@ def run_ffn(
         hidden_states, gate_up_proj, down_proj = autocast(device_type, hidden_states, gate_up_proj, down_proj)
     batch, weights = (hidden_states, topk_ids, topk_weights), (gate_up_proj, down_proj)
     experts = partial(expert_ffn, activation=activation)
-    if chunk_tokens is not None:
-        return run_in_chunks(*batch, weights, experts, chunk_tokens, team), beside()
-    trip = Trip(*batch, team)
-    found = beside()
-    return trip.run(lambda *rows: experts(*rows, *weights)).finish(), found
+    with announcing(team.group, team.layer):
+        if chunk_tokens is not None:
+            return run_in_chunks(*batch, weights, experts, chunk_tokens, team), beside()
+        trip = Trip(*batch, team)
+        found = beside()
+        return trip.run(lambda *rows: experts(*rows, *weights)).finish(), found

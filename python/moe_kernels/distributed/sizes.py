@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 
 from moe_kernels._checks import FLOAT_DTYPES
 from moe_kernels.distributed.all_to_all import finish, launch
+from moe_kernels.distributed.faults import describe, known, read, tell
 
 #: what must be the same on all ranks, or the exchange would read rows at a wrong size or wait for ever
 _KIND = (
@@ -89,13 +90,16 @@ def exchange_sizes(
     told = [torch.full_like(rows, number, dtype=torch.int64) for number in (top_k, num_tokens, *kind)]
     sent = torch.stack([rows.long(), pairs.long(), *told], 1)
     once = [1] * world_size
-    received = finish(launch(sent, once, once, team.group), team.layer)
+    received = finish(launch(sent, once, once, team.group), team.group, team.layer)
     sent, received = torch.stack([sent, received]).tolist()
     failed = [rank for rank, peer in enumerate(received) if peer[0] < 0]
     if failed:
-        raise RuntimeError(
-            f"ExpertParallel: {team.layer}: all ranks of the expert group must reach this exchange, but ranks {failed} "
-            "met an error before it; see their own errors"
+        reasons = "".join(f"; rank {rank}: {text}" for rank in failed if (text := read(team.group, f"told/{rank}")))
+        raise known(
+            RuntimeError(
+                f"ExpertParallel: {team.layer}: all ranks of the expert group must reach this exchange, but ranks "
+                f"{failed} met an error before it{reasons or '; see their own errors'}"
+            )
         )
     _check_agreement([peer[4:] for peer in received], team.layer)
     return Sizes(
@@ -108,9 +112,14 @@ def exchange_sizes(
     )
 
 
-def tell_failure(device: torch.device, world_size: int, group: ProcessGroup) -> None:
+def tell_failure(error: Exception, device: torch.device, group: ProcessGroup, layer: str) -> None:
     """Takes part in the exchange of sizes for a rank that cannot go on, so that none waits for it."""
-    finish(launch(torch.full((world_size, NUMBERS), -1, device=device), [1] * world_size, [1] * world_size, group), "")
+    if getattr(error, "known_to_all_ranks", False):
+        return
+    tell(group, f"told/{group.rank()}", describe(error))
+    once = [1] * group.size()
+    finish(launch(torch.full((group.size(), NUMBERS), -1, device=device), once, once, group), group, layer)
+    known(error)
 
 
 def _check_agreement(kinds: list[list[int]], layer: str) -> None:
@@ -127,7 +136,9 @@ def _check_agreement(kinds: list[list[int]], layer: str) -> None:
 def raise_disagreement(layer: str, name: str, values: list) -> None:
     """Raises with the value of each rank of the group: the first rank's, and who has another."""
     others = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values) if value != values[0])
-    raise ValueError(
-        f"ExpertParallel: {layer}: {name} must be the same on all ranks of the expert group, got {values[0]} on rank 0 "
-        f"and {others}; give every rank the same layer, dtype and frozen parameters"
+    raise known(
+        ValueError(
+            f"ExpertParallel: {layer}: {name} must be the same on all ranks of the expert group, got {values[0]} on "
+            f"rank 0 and {others}; give every rank the same layer, dtype and frozen parameters"
+        )
     )

@@ -59,8 +59,8 @@ class Trip:
         try:
             check_batch(layer, hidden_states, topk_ids, topk_weights)
             plan = plan_ranks(topk_ids, topk_weights, team.num_experts, group.size(), team.tensor_ranks)
-        except Exception:
-            tell_failure(hidden_states.device, group.size(), group)
+        except Exception as error:
+            tell_failure(error, hidden_states.device, group, layer)
             raise
         counts = (plan.tokens.expert_offsets.diff(), plan.pairs.expert_offsets.diff())
         self.sizes = sizes = exchange_sizes(*counts, num_tokens, hidden_states, topk_weights, chunk_tokens, team)
