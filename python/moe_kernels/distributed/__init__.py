@@ -9,11 +9,12 @@ from moe_kernels.distributed.data import data_parallel, fully_shard_experts
 from moe_kernels.distributed.expert_parallel import ExpertParallel, shard_experts
 from moe_kernels.distributed.ffn import expert_parallel_ffn
 from moe_kernels.distributed.lora import expert_parallel_lora
-from moe_kernels.distributed.task_vectors import apply_, unapply_
+from moe_kernels.distributed.task_vectors import apply_, apply_patch_, unapply_, unapply_patch_
 
 __all__ = [
     "ExpertParallel",
     "apply_",
+    "apply_patch_",
     "balance_loss",
     "checkpointable",
     "data_parallel",
@@ -22,4 +23,5 @@ __all__ = [
     "fully_shard_experts",
     "shard_experts",
     "unapply_",
+    "unapply_patch_",
 ]
