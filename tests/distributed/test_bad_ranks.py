@@ -14,7 +14,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from moe_kernels import expert_ffn
 from moe_kernels.distributed import ExpertParallel, expert_parallel_ffn, ffn, shard_experts
-from moe_kernels.nn import MoEFeedForward, feed_forward, quantize_experts
+from moe_kernels.nn import MoEFeedForward, feed_forward
 from tests.distributed.ranks import Ranks
 from tests.distributed.test_expert_parallel import mesh_of
 
@@ -126,10 +126,6 @@ def shard(kind: str) -> None:
         shard_experts(Model(), mesh_of(2))
     elif kind == "twice":
         shard_experts(shard_experts(Model(), mesh), mesh)
-    elif kind == "quantised":
-        model = Model()
-        quantize_experts(model, "int8")
-        shard_experts(model, mesh)
     elif kind == "no experts":
         shard_experts(nn.Linear(2, 2), mesh)
     elif kind == "another class":
@@ -144,7 +140,6 @@ def shard(kind: str) -> None:
         ("divisible", "ValueError: ExpertParallel: mlp: num_experts must be a multiple of the 4 ranks, got 6; choose"),
         ("dimensions", "ValueError: ExpertParallel: mlp: device_mesh must be of one dimension, got 2; give the dim"),
         ("twice", "ValueError: ExpertParallel: mlp: gate_up_proj must be a plain parameter, got DTensor; shard it"),
-        ("quantised", "ValueError: ExpertParallel: mlp: gate_up_proj must be a plain parameter, got QuantizedExperts"),
         ("no experts", "ValueError: shard_experts: model must be one with a MoEFeedForward or an experts module of"),
         ("another class", "TypeError: ExpertParallel: module must be a MoEFeedForward or an experts module of trans"),
         ("without a name", "ValueError: ExpertParallel: MoEFeedForward(hidden_size=8, intermediate_size=4, num_"),

@@ -41,10 +41,10 @@ def build(name: str) -> nn.Module:
     return module
 
 
-def step(module: nn.Module, rows: slice, ranks: int) -> dict[str, Tensor]:
+def step(module: nn.Module, rows: slice, ranks: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """The gradient of what is spread is a mean over ranks; times their number, a power of two, it is the sum."""
     generator = torch.Generator().manual_seed(1)
-    x, grad = (torch.randn(TOKENS, experts_zoo.HIDDEN_SIZE, generator=generator).double() for _ in range(2))
+    x, grad = (torch.randn(TOKENS, experts_zoo.HIDDEN_SIZE, generator=generator).to(dtype) for _ in range(2))
     ids, weights = random_routing(TOKENS, NUM_EXPERTS, 3)
     x, weights = x[rows].requires_grad_(), weights[rows].requires_grad_()
     out = module(x, ids.long()[rows], weights)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_kernels._checks import value_error
@@ -98,4 +98,5 @@ def _placed(op: str, model: nn.Module) -> list[tuple[str, nn.Module]]:
 def _own_state(path: str, module: nn.Module) -> list[str]:
     """What is not the same on all ranks: experts, and the counts of a rank's own tokens."""
     counts = ["expert_counts"] if getattr(module, "expert_counts", None) is not None else []
-    return [f"{path}.{name}" if path else name for name in (*sharded_names(module), *counts)]
+    quantised = [name for name, buffer in module.named_buffers() if isinstance(buffer, DTensor)]
+    return [f"{path}.{name}" if path else name for name in (*sharded_names(module), *quantised, *counts)]

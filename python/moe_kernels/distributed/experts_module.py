@@ -14,8 +14,10 @@ from torch.func import functional_call
 from moe_kernels._checks import shape_error, value_error
 from moe_kernels.distributed.chunks import run_in_chunks
 from moe_kernels.distributed.faults import announcing
+from moe_kernels.distributed.quantized import local_quantized
 from moe_kernels.distributed.shards import Placed, local_shard, place, sharded_names
 from moe_kernels.distributed.trip import Trip
+from moe_kernels.nn import QuantizedExperts
 
 
 def is_experts_module(module: nn.Module) -> bool:
@@ -25,8 +27,9 @@ def is_experts_module(module: nn.Module) -> bool:
 def spread_experts_module(module: nn.Module, where: Placed, source: int | None) -> None:
     """Spreads the module's own parameters, all of them [num_experts, ...]; its class gets :func:`_forward`."""
     own = dict(module.named_parameters(recurse=False))
+    own |= {name: child for name, child in module.named_children() if isinstance(child, QuantizedExperts)}
     for name, weight in own.items():
-        if weight.dim() == 0 or weight.shape[0] != module.num_experts:
+        if len(weight.shape) == 0 or weight.shape[0] != module.num_experts:
             expected = f"[num_experts={module.num_experts}, ...]"
             raise shape_error(f"ExpertParallel: {where.layer}", name, expected, weight)
     if where.tensor_ranks > 1:
@@ -59,7 +62,7 @@ def _check_slices(module: nn.Module, where: Placed) -> None:
         remedy = "it is not known how to cut it; spread whole experts"
         raise value_error(op, "tensor_dim", "None for this class", f"a parameter {unknown[0]}", remedy)
     up, gate = (module.gate_up_proj, module._apply_gate) if module.has_gate else (module.up_proj, module.act_fn)
-    if up.is_meta:
+    if isinstance(up, QuantizedExperts) or up.is_meta:  # the first is refused, of the second nothing is known
         return
     h = torch.linspace(-3, 3, up.shape[2 if module.is_transposed else 1], dtype=up.dtype, device=up.device)[None]
     halves = 2 if module.has_gate and module.is_concatenated else 1
@@ -101,6 +104,10 @@ class _Local(nn.Module):
         sharded = next(cls for cls in type(module).__mro__ if cls.__dict__.get("forward") is _forward)
         experts.__class__ = sharded.__mro__[1]
         experts._parameters = dict(module._parameters)
+        experts._modules = {
+            name: QuantizedExperts(local_quantized(child())) if isinstance(child, QuantizedExperts) else child
+            for name, child in module._modules.items()
+        }
         experts.num_experts = module.num_experts // module.expert_parallel.mesh.size(0)
         experts._is_expert_parallel = True  # transformers' own implementations then skip ids past the last expert
         self.experts = experts

@@ -8,14 +8,15 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from moe_kernels._checks import shape_error
+from moe_kernels._checks import shape_error, value_error
 from moe_kernels.activation import Activation
 from moe_kernels.distributed.faults import announce
 from moe_kernels.distributed.ffn import run_ffn
 from moe_kernels.distributed.shards import Placed, local_shard, place
 from moe_kernels.distributed.sizes import tell_failure
-from moe_kernels.nn import MoEFeedForward
+from moe_kernels.nn import ExpertLoRA, MoEFeedForward
 from moe_kernels.nn.feed_forward import recomputes
+from moe_kernels.ops.quantize import QuantizedWeights
 
 
 def spread_feed_forward(module: MoEFeedForward, where: Placed, source: int | None) -> None:
@@ -23,8 +24,15 @@ def spread_feed_forward(module: MoEFeedForward, where: Placed, source: int | Non
         rows = _StridedShard(1, split_factor=2)  # a slice of the gate rows and the same of the up rows behind them
     else:
         rows = Shard(1)
-    place(module, {"gate_up_proj": rows, "down_proj": Shard(2)}, where, source)
-    module.run_experts = RunSharded(where)
+    lora = getattr(module, "expert_lora", None)
+    if lora is not None and where.tensor_ranks > 1:
+        op, remedy = f"ExpertParallel: {where.layer}", "experts with adapters are spread whole, without tensor_dim"
+        raise value_error(op, "expert_lora", "absent where experts are split", "adapters", remedy)
+    slices = {"gate_up_proj": rows, "down_proj": Shard(2)}
+    if lora is not None:
+        slices |= {f"expert_lora.{name}": Shard(0) for name, _ in lora.named_parameters()}
+    place(module, slices, where, source)
+    module.run_experts = RunSharded(where, lora)
     module.register_forward_pre_hook(_before, with_kwargs=True)
     module.register_forward_hook(_after, always_call=True)
 
@@ -36,8 +44,9 @@ class RunSharded:
         reached: whether this forward has come to it: the other ranks wait for rows, and before for their sizes.
     """
 
-    def __init__(self, where: Placed):
+    def __init__(self, where: Placed, lora: ExpertLoRA | None):
         self.where = where
+        self.lora = lora
         self.reached = False
 
     def __call__(
@@ -45,16 +54,18 @@ class RunSharded:
         hidden_states: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
-        gate_up_proj: DTensor,
-        down_proj: DTensor,
+        gate_up_proj: DTensor | QuantizedWeights,
+        down_proj: DTensor | QuantizedWeights,
         *,
         activation: Activation,
         beside: Callable[[], Tensor | None],
     ) -> tuple[Tensor, Tensor | None]:
         where, self.reached = self.where, True
-        weights = [local_shard(weight, where) for weight in (gate_up_proj, down_proj)]
+        factors = [] if self.lora is None else self.lora.factors()
+        weights = [local_shard(weight, where) for weight in (gate_up_proj, down_proj, *factors)]
         how = (activation, where.chunk_tokens, where.team(gate_up_proj.shape[0]))
-        return run_ffn(hidden_states, topk_ids, topk_weights, *weights, *how, beside=beside)
+        options = {"scaling": None if self.lora is None else self.lora.scaling, "beside": beside}
+        return run_ffn(hidden_states, topk_ids, topk_weights, weights, *how, **options)
 
 
 def _before(module: MoEFeedForward, args: tuple, options: dict) -> None:

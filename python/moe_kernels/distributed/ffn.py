@@ -1,7 +1,6 @@
 """The expert FFN over ranks: :func:`expert_parallel_ffn`."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +12,9 @@ from moe_kernels.distributed.chunks import run_in_chunks
 from moe_kernels.distributed.faults import announcing
 from moe_kernels.distributed.sizes import Team
 from moe_kernels.distributed.trip import Trip
+from moe_kernels.nn.expert_lora import expert_ffn_with_lora
 from moe_kernels.ops.expert_ffn import expert_ffn
+from moe_kernels.ops.quantize import QuantizedWeights
 
 _SILU = Activation()
 
@@ -69,8 +70,7 @@ def expert_parallel_ffn(
     """
     team = Team(group, layer, gate_up_proj.shape[0] * (group.size() // tensor_ranks), tensor_ranks)
     weights = (gate_up_proj, down_proj)
-    out, _ = run_ffn(hidden_states, topk_ids, topk_weights, *weights, activation, chunk_tokens, team)
-    return out
+    return run_ffn(hidden_states, topk_ids, topk_weights, weights, activation, chunk_tokens, team)[0]
 
 
 @torch.compiler.disable  # sizes that only the host knows break the graph anyway
@@ -78,23 +78,38 @@ def run_ffn(
     hidden_states: Tensor,
     topk_ids: Tensor,
     topk_weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
+    weights: Sequence[Tensor | QuantizedWeights],
     activation: Activation,
     chunk_tokens: int | None,
     team: Team,
     *,
+    scaling: float | None = None,
     beside: Callable[[], Tensor | None] = lambda: None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The experts' sum, and what ``beside`` returns, which runs while rows travel."""
+    """The experts' sum, and what ``beside`` returns, which runs while rows travel.
+
+    Args:
+        weights: this rank's gate_up_proj and down_proj, then the factors of adapters.
+        scaling: of the adapters; None where there are none.
+    """
     device_type = hidden_states.device.type
     if autocast_enabled(device_type):
-        hidden_states, gate_up_proj, down_proj = autocast(device_type, hidden_states, gate_up_proj, down_proj)
-    batch, weights = (hidden_states, topk_ids, topk_weights), (gate_up_proj, down_proj)
-    experts = partial(expert_ffn, activation=activation)
+        hidden_states, *weights = autocast(device_type, hidden_states, *weights)
+    # gradients flow to tensors alone
+    tensors = tuple(weight for weight in weights if isinstance(weight, Tensor))
+
+    def run(rows: Tensor, ids: Tensor, row_weights: Tensor, *given: Tensor) -> Tensor:
+        following = iter(given)
+        gate_up, down, *factors = (next(following) if isinstance(weight, Tensor) else weight for weight in weights)
+        arguments = (rows, ids, row_weights, gate_up, down)
+        if scaling is None:
+            return expert_ffn(*arguments, activation=activation)
+        return expert_ffn_with_lora(*arguments, factors, activation=activation, scaling=scaling)
+
+    batch = (hidden_states, topk_ids, topk_weights)
     with announcing(team.group, team.layer):
         if chunk_tokens is not None:
-            return run_in_chunks(*batch, weights, experts, chunk_tokens, team), beside()
+            return run_in_chunks(*batch, tensors, run, chunk_tokens, team), beside()
         trip = Trip(*batch, team)
         found = beside()
-        return trip.run(lambda *rows: experts(*rows, *weights)).finish(), found
+        return trip.run(lambda *rows: run(*rows, *tensors)).finish(), found

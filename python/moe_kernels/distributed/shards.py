@@ -1,5 +1,6 @@
 """Experts as DTensors: how they are cut, and what a rank computes with."""
 
+import operator
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,10 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from moe_kernels._checks import FLOAT_DTYPES, value_error
 from moe_kernels.distributed.checkpoint import need_checkpointable
+from moe_kernels.distributed.quantized import local_quantized, spread_quantized
 from moe_kernels.distributed.sizes import Team, raise_disagreement
+from moe_kernels.nn import QuantizedExperts
+from moe_kernels.ops.quantize import QuantizedWeights
 
 _OP = "ExpertParallel"
 
@@ -66,27 +70,34 @@ def placed_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def sharded_names(module: nn.Module) -> list[str]:
-    """The module's own parameters that are spread."""
-    return [name for name, weight in module.named_parameters(recurse=False) if isinstance(weight, DTensor)]
+    """The module's parameters that are spread."""
+    return [name for name, weight in module.named_parameters() if isinstance(weight, DTensor)]
 
 
 def place(module: nn.Module, slices: dict[str, Placement], where: Placed, source: int | None) -> None:
     """Spreads parameters [num_experts, ...] of a module, and makes the rest of it the same on all ranks.
 
     Args:
-        slices: their names, and how the ranks that share an expert cut it.
+        slices: their names (also of :class:`QuantizedExperts` in their place), and how the ranks that share an expert
+            cut it.
         source: the rank of the mesh whose values count; None takes each rank's own.
 
     Raises:
         ValueError: a parameter that cannot be spread, or is another one elsewhere (on every rank).
     """
-    weights = {name: getattr(module, name) for name in slices}
+    weights = {name: operator.attrgetter(name)(module) for name in slices}
     _check(weights, slices, where)
     for name, weight in weights.items():
+        owner, _, own_name = name.rpartition(".")
         cut = slices[name] if where.tensor_ranks > 1 else Shard(0)  # which over one rank is the whole
         placements = [Shard(0), cut][: where.mesh.ndim]
+        if isinstance(weight, QuantizedExperts):
+            spread = spread_quantized(weight, where.mesh, placements, source)
+            module.get_submodule(owner).add_module(own_name, spread)
+            continue
         shard = distribute_tensor(weight.detach(), where.mesh, placements, src_data_rank=source)
-        module.register_parameter(name, nn.Parameter(shard, requires_grad=weight.requires_grad))
+        parameter = nn.Parameter(shard, requires_grad=weight.requires_grad)
+        module.get_submodule(owner).register_parameter(own_name, parameter)
     if source is not None:
         with torch.no_grad():
             for tensor in (*module.parameters(), *module.buffers()):
@@ -97,8 +108,10 @@ def place(module: nn.Module, slices: dict[str, Placement], where: Placed, source
         module.register_state_dict_post_hook(need_checkpointable)
 
 
-def local_shard(weight: DTensor, where: Placed) -> Tensor:
+def local_shard(weight: DTensor | QuantizedWeights, where: Placed) -> Tensor | QuantizedWeights:
     """What this rank computes with; its gradient counts as one of the mesh's ranks, whose mean is the expert's."""
+    if isinstance(weight, QuantizedWeights):
+        return local_quantized(weight)
     shard, share = weight.to_local(), 1.0 / where.mesh.size()
     if where.tensor_ranks > 1 and weight.placements[1].is_replicate():
         # a bias behind the sum over slices: each rank adds its part, and each knows the whole gradient
@@ -108,17 +121,25 @@ def local_shard(weight: DTensor, where: Placed) -> Tensor:
     return shard
 
 
-def _check(weights: dict[str, Tensor], slices: dict[str, Placement], where: Placed) -> None:
+def _check(weights: dict[str, nn.Parameter | QuantizedExperts], slices: dict[str, Placement], where: Placed) -> None:
     mesh, layer = where.mesh, where.layer
     op = f"{_OP}: {layer}"
     for name, weight in weights.items():
+        if type(weight) is QuantizedExperts:
+            if where.tensor_ranks > 1:
+                remedy = "quantised experts are spread whole, without tensor_dim"
+                raise value_error(op, name, "a plain parameter", "QuantizedExperts", remedy)
+            continue
         if not isinstance(weight, nn.Parameter) or isinstance(weight, DTensor):
             found = "DTensor" if isinstance(weight, DTensor) else type(weight).__name__
             raise value_error(op, name, "a plain parameter", found, "shard it once, before anything else")
         if weight.dtype not in FLOAT_DTYPES:
-            raise value_error(op, name, f"one of {FLOAT_DTYPES}", weight.dtype, "shard it before it is quantised")
+            raise value_error(op, name, f"one of {FLOAT_DTYPES}", weight.dtype, "quantise with quantize_experts")
     # the ranks look at each other's layers before one of them may raise and leave the others waiting
-    mine = {name: f"{list(weight.shape)} {weight.dtype}" for name, weight in weights.items()}
+    mine = {
+        name: f"{list(weight.shape)} {weight.dtype if isinstance(weight, Tensor) else weight().format}"
+        for name, weight in weights.items()
+    }
     heard: list[dict[str, str]] = [{}] * mesh.size()
     dist.all_gather_object(heard, mine, group=where.group)
     for name in mine:
