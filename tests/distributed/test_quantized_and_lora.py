@@ -191,6 +191,16 @@ def other_format() -> None:
     shard_experts(model, mesh_of(4)["expert"])
 
 
+def adapters_on_one_rank() -> None:
+    shard_experts(build("adapters" if distributed.get_rank() == 2 else "int8", quantise=nothing), mesh_of(4)["expert"])
+
+
+def test_ranks_without_adapters(ranks):
+    for line in failure(ranks, adapters_on_one_rank):
+        assert "ExpertParallel: 1: expert_lora.gate_up_a must be the same on all ranks" in line
+        assert "got nothing on rank 0 and [8, 3, 32] torch.float32 on rank 2" in line
+
+
 def test_ranks_of_other_formats(ranks):
     for line in failure(ranks, other_format):
         assert "ExpertParallel: 1: gate_up_proj must be the same on all ranks" in line

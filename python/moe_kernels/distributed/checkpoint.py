@@ -30,7 +30,8 @@ def checkpointable(state: Any) -> Any:
     Returns:
         The same, with each DTensor of several blocks seen as :class:`Blocks`; all else is the very object.
 
-    Without it, what ``torch.distributed.checkpoint`` is given of such a layer is refused.
+    Without it, what ``torch.distributed.checkpoint`` is given of such a layer is refused. ``async_save`` copies tensors
+    before it saves them, which these refuse: use ``save``.
     """
     if isinstance(state, Mapping):
         return {name: checkpointable(value) for name, value in state.items()}

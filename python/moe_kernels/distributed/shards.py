@@ -112,12 +112,12 @@ def local_shard(weight: DTensor | QuantizedWeights, where: Placed) -> Tensor | Q
     """What this rank computes with; its gradient counts as one of the mesh's ranks, whose mean is the expert's."""
     if isinstance(weight, QuantizedWeights):
         return local_quantized(weight)
-    shard, share = weight.to_local(), 1.0 / where.mesh.size()
+    shard, ranks = weight.to_local(), where.mesh.size()
     if where.tensor_ranks > 1 and weight.placements[1].is_replicate():
         # a bias behind the sum over slices: each rank adds its part, and each knows the whole gradient
-        shard, share = shard / where.tensor_ranks, share * where.tensor_ranks
-    if shard.requires_grad and share != 1.0:
-        shard.register_hook(lambda grad: grad * share)
+        shard, ranks = shard / where.tensor_ranks, ranks // where.tensor_ranks
+    if shard.requires_grad and ranks > 1:
+        shard.register_hook(lambda grad: grad / ranks)
     return shard
 
 
@@ -142,7 +142,7 @@ def _check(weights: dict[str, nn.Parameter | QuantizedExperts], slices: dict[str
     }
     heard: list[dict[str, str]] = [{}] * mesh.size()
     dist.all_gather_object(heard, mine, group=where.group)
-    for name in mine:
+    for name in dict.fromkeys(name for rank in heard for name in rank):
         layouts = [rank.get(name, "nothing") for rank in heard]
         if len(set(layouts)) > 1:
             raise_disagreement(layer, name, layouts)
