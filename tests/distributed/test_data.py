@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from moe_kernels import balance_loss
 from moe_kernels import distributed as moe_distributed
 from moe_kernels.nn import ModuleStatistics, MoEFeedForward
 from moe_kernels.testing import assert_close_to_reference
+from tests.distributed.ranks import full
 from tests.distributed.test_bad_ranks import failure
 from tests.distributed.test_expert_parallel import mesh_of
 
@@ -74,10 +74,6 @@ def train(model: nn.Module, mine: slice, scale: float, dtype: torch.dtype, befor
 
 def clean(name: str) -> str:
     return name.removeprefix("module.")
-
-
-def full(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def train_on_ranks(how: str, world_size: int, recompute: bool, chunk_tokens: int | None = None) -> tuple[dict, Tensor]:

@@ -17,6 +17,7 @@ import experts_zoo
 from moe_kernels.distributed import ExpertParallel, shard_experts
 from moe_kernels.distributed.experts_module import is_experts_module
 from moe_kernels.testing import assert_close_to_reference, random_routing
+from tests.distributed.ranks import full
 from tests.distributed.test_bad_ranks import failure
 from tests.distributed.test_expert_parallel import mesh_of
 
@@ -50,7 +51,7 @@ def step(module: nn.Module, rows: slice, ranks: int, dtype: torch.dtype = torch.
     out = module(x, ids.long()[rows], weights)
     out.backward(grad[rows])
     grads = {name: parameter.grad for name, parameter in module.named_parameters()}
-    whole = {name: grad.full_tensor() * ranks if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
+    whole = {name: full(grad) * (ranks if isinstance(grad, DTensor) else 1) for name, grad in grads.items()}
     return {"out": out.detach(), "x": x.grad, "weights": weights.grad} | whole
 
 

@@ -5,13 +5,14 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import moe_kernels
 from moe_kernels import Patch, TernaryDelta, compress, make_patch, routed_lora
 from moe_kernels.distributed import apply_, apply_patch_, expert_parallel_lora, unapply_, unapply_patch_
 from moe_kernels.testing import assert_close_to_reference, random_routing
+from tests.distributed.ranks import full
 from tests.distributed.test_bad_ranks import failure
 from tests.distributed.test_expert_parallel import TOKENS, in_double, mesh_of, share
 
@@ -44,7 +45,7 @@ def sharded_lora(tokens: list[int], world_size: int, dtype: torch.dtype) -> dict
     mine = share(world_size, tokens, mesh.get_local_rank())
     factors = (distribute_tensor(factor, mesh, [Shard(0)]) for factor in (lora_a, lora_b))
     found = lora_step(expert_parallel_lora, x[mine], *factors, *(tensor[mine] for tensor in of_tokens))
-    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in found.items()}
+    return {name: full(value) for name, value in found.items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -101,9 +102,9 @@ def apply_to_shards(shape: tuple[int, ...], placements, dtype: torch.dtype) -> t
     weight, deltas = task_vectors(shape, dtype)
     weight = distribute_tensor(weight, mesh_of(2), placements, src_data_rank=None).requires_grad_()
     undo = apply_(weight, deltas, COEFFICIENTS, undo=True)
-    changed = weight.full_tensor().detach().clone()
+    changed = full(weight).clone()
     unapply_(weight, undo)
-    return changed, weight.full_tensor().detach()
+    return changed, full(weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -124,9 +125,9 @@ def patch_shards(weight: Tensor, patch: Patch, placements) -> tuple[Tensor, Tens
     # what a process is sent lies in memory that all of them share
     weight = distribute_tensor(weight.clone(), mesh_of(2), placements).requires_grad_()
     apply_patch_(weight, patch)
-    changed = weight.full_tensor().detach().clone()
+    changed = full(weight).clone()
     unapply_patch_(weight, patch)
-    return changed, weight.full_tensor().detach()
+    return changed, full(weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

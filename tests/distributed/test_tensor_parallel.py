@@ -30,7 +30,7 @@ from moe_kernels.distributed import (
 from moe_kernels.distributed.checkpoint import Blocks
 from moe_kernels.nn import MoEFeedForward
 from moe_kernels.testing import assert_close_to_reference
-from tests.distributed.ranks import WORLD_SIZE
+from tests.distributed.ranks import WORLD_SIZE, full, region
 from tests.distributed.test_bad_ranks import Model, failure
 from tests.distributed.test_data import TOKENS as TOKENS_OF_RANKS
 from tests.distributed.test_data import build as build_model
@@ -82,7 +82,7 @@ def sharded_step(grid: tuple[int, int], tokens: list[int], forced, dtype: torch.
         None if argument is None else argument[tokens_of_rank] for argument in batch(sum(tokens), forced, dtype)
     ]
     found = step(layer, *arguments)
-    return {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in found.items()}
+    return {name: full(value) for name, value in found.items()}
 
 
 def check(ranks, grid, tokens, forced, dtype, options):
@@ -294,10 +294,6 @@ def load(folder: str, expected: dict[str, Tensor], *layout) -> None:
                 assert torch.equal(block, expected[name][region(offsets, block)]), name
         else:
             assert torch.equal(value, expected[name]), name
-
-
-def region(offsets: torch.Size, block: Tensor) -> tuple[slice, ...]:
-    return tuple(slice(first, first + size) for first, size in zip(offsets, block.shape, strict=True))
 
 
 def check_checkpoints(ranks, folder: str, source: tuple, targets: list[tuple]) -> None:
