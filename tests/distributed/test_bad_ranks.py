@@ -52,6 +52,25 @@ def test_layers_that_differ(ranks, options, message):
         assert line.startswith("ValueError: ExpertParallel: mlp: ") and message in line
 
 
+def cannot_spread(rank: int) -> None:
+    model = Model()
+    if distributed.get_rank() == rank:
+        del model.mlp.gate_up_proj
+        model.mlp.gate_up_proj = torch.ones(8, 8, 8)
+    shard_experts(model, mesh_of(4)["expert"])
+
+
+def test_a_layer_that_one_rank_cannot_spread(ranks):
+    lines = failure(ranks, cannot_spread, 2)
+    own = "ValueError: ExpertParallel: mlp: gate_up_proj must be a plain parameter, got Tensor; shard it once, before"
+    assert lines[2].startswith(own)
+    for line in (lines[0], lines[1], lines[3]):
+        assert line.startswith(
+            "RuntimeError: ExpertParallel: mlp: all ranks must be able to spread the layer, but rank 2"
+        )
+        assert f"rank 2: {own}" in line
+
+
 def forward_unlike(rank: int, how: str) -> None:
     model = shard_experts(Model(), mesh_of(4)["expert"])
     x = torch.randn(3, 8, requires_grad=True)

@@ -1,12 +1,14 @@
 """ExpertParallel over the experts modules of transformers: one class of each kind that there is."""
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 pytest.importorskip("transformers")
@@ -17,7 +19,7 @@ import experts_zoo
 from moe_kernels.distributed import ExpertParallel, shard_experts
 from moe_kernels.distributed.experts_module import is_experts_module
 from moe_kernels.testing import assert_close_to_reference, random_routing
-from tests.distributed.ranks import full
+from tests.distributed.ranks import Ranks, full
 from tests.distributed.test_bad_ranks import failure
 from tests.distributed.test_expert_parallel import mesh_of
 
@@ -78,6 +80,33 @@ def test_equals_one_process(ranks, name, chunk_tokens):
         assert_close_to_reference(actual, value, value, entry)
     for one, other in zip((first, second), again, strict=True):
         assert all(torch.equal(one[entry], other[entry]) for entry in one)
+
+
+def step_with_an_error() -> str:
+    distributed.barrier()  # ranks start at their own time, and the group is impatient
+    group = distributed.new_group(timeout=timedelta(seconds=3))
+    module = build("AriaExperts")
+    if distributed.get_rank() == 1:
+        module.config._experts_implementation = "of nobody"
+    shard_experts(nn.ModuleDict({"experts": module}), DeviceMesh.from_group(group, "cpu"))
+    try:
+        step(module, slice(None), 2)
+    except (KeyError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    raise AssertionError("no error")
+
+
+def test_an_error_of_one_rank_reaches_the_other():
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("this PyTorch has no gloo")
+    ranks = Ranks(2)
+    try:
+        other, own = ranks.run(step_with_an_error)
+    finally:
+        ranks.close()
+    assert own.startswith("KeyError") and "of nobody" in own
+    assert other.startswith("RuntimeError: ExpertParallel: experts: all ranks of the expert group must reach this")
+    assert "; rank 1 met KeyError: " in other and "in experts; see its own error" in other
 
 
 def with_a_parameter_of_its_own() -> None:

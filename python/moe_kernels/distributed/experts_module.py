@@ -4,6 +4,7 @@ Nothing of transformers is imported: the decorator leaves attributes by which it
 """
 
 import copy
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,11 @@ def is_experts_module(module: nn.Module) -> bool:
 
 def spread_experts_module(module: nn.Module, where: Placed, source: int | None) -> None:
     """Spreads the module's own parameters, all of them [num_experts, ...]; its class gets :func:`_forward`."""
+    place(module, partial(_find_slices, module, where), where, source)
+    module.__class__ = type(f"Sharded{type(module).__name__}", (type(module),), {"forward": _forward})
+
+
+def _find_slices(module: nn.Module, where: Placed) -> dict[str, Placement]:
     own = dict(module.named_parameters(recurse=False))
     own |= {name: child for name, child in module.named_children() if isinstance(child, QuantizedExperts)}
     for name, weight in own.items():
@@ -35,8 +41,7 @@ def spread_experts_module(module: nn.Module, where: Placed, source: int | None) 
     if where.tensor_ranks > 1:
         _check_slices(module, where)
     cuts = _slices(module)
-    place(module, {name: cuts.get(name, Replicate()) for name in own}, where, source)
-    module.__class__ = type(f"Sharded{type(module).__name__}", (type(module),), {"forward": _forward})
+    return {name: cuts.get(name, Replicate()) for name in own}
 
 
 def _slices(module: nn.Module) -> dict[str, Placement]:

@@ -2,10 +2,11 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Placement, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from moe_kernels._checks import shape_error, value_error
@@ -20,21 +21,22 @@ from moe_kernels.ops.quantize import QuantizedWeights
 
 
 def spread_feed_forward(module: MoEFeedForward, where: Placed, source: int | None) -> None:
-    if module.activation.gated:
-        rows = _StridedShard(1, split_factor=2)  # a slice of the gate rows and the same of the up rows behind them
-    else:
-        rows = Shard(1)
-    lora = getattr(module, "expert_lora", None)
-    if lora is not None and where.tensor_ranks > 1:
-        op, remedy = f"ExpertParallel: {where.layer}", "experts with adapters are spread whole, without tensor_dim"
-        raise value_error(op, "expert_lora", "absent where experts are split", "adapters", remedy)
-    slices = {"gate_up_proj": rows, "down_proj": Shard(2)}
-    if lora is not None:
-        slices |= {f"expert_lora.{name}": Shard(0) for name, _ in lora.named_parameters()}
-    place(module, slices, where, source)
-    module.run_experts = RunSharded(where, lora)
+    place(module, partial(_slices, module, where), where, source)
+    module.run_experts = RunSharded(where, getattr(module, "expert_lora", None))
     module.register_forward_pre_hook(_before, with_kwargs=True)
     module.register_forward_hook(_after, always_call=True)
+
+
+def _slices(module: MoEFeedForward, where: Placed) -> dict[str, Placement]:
+    # of gate_up_proj a slice of the gate rows, and the same of the up rows behind them
+    rows = _StridedShard(1, split_factor=2) if module.activation.gated else Shard(1)
+    slices = {"gate_up_proj": rows, "down_proj": Shard(2)}
+    if not hasattr(module, "expert_lora"):
+        return slices
+    if where.tensor_ranks > 1:
+        op, remedy = f"ExpertParallel: {where.layer}", "experts with adapters are spread whole, without tensor_dim"
+        raise value_error(op, "expert_lora", "absent where experts are split", "adapters", remedy)
+    return slices | {f"expert_lora.{name}": Shard(0) for name, _ in module.expert_lora.named_parameters()}
 
 
 class RunSharded:

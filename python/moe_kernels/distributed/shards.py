@@ -1,6 +1,7 @@
 """Experts as DTensors: how they are cut, and what a rank computes with."""
 
 import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from moe_kernels._checks import FLOAT_DTYPES, value_error
 from moe_kernels.distributed.checkpoint import need_checkpointable
+from moe_kernels.distributed.faults import describe, known
 from moe_kernels.distributed.quantized import local_quantized, spread_quantized
 from moe_kernels.distributed.sizes import Team, raise_disagreement
 from moe_kernels.nn import QuantizedExperts
@@ -74,19 +76,21 @@ def sharded_names(module: nn.Module) -> list[str]:
     return [name for name, weight in module.named_parameters() if isinstance(weight, DTensor)]
 
 
-def place(module: nn.Module, slices: dict[str, Placement], where: Placed, source: int | None) -> None:
+def place(
+    module: nn.Module, find_slices: Callable[[], dict[str, Placement]], where: Placed, source: int | None
+) -> None:
     """Spreads parameters [num_experts, ...] of a module, and makes the rest of it the same on all ranks.
 
     Args:
-        slices: their names (also of :class:`QuantizedExperts` in their place), and how the ranks that share an expert
-            cut it.
+        find_slices: gives their names (also of :class:`QuantizedExperts` in their place), and how the ranks that share
+            an expert cut it; or raises.
         source: the rank of the mesh whose values count; None takes each rank's own.
 
     Raises:
         ValueError: a parameter that cannot be spread, or is another one elsewhere (on every rank).
+        RuntimeError: another rank cannot spread its own.
     """
-    weights = {name: operator.attrgetter(name)(module) for name in slices}
-    _check(weights, slices, where)
+    slices, weights = _agree(module, find_slices, where)
     for name, weight in weights.items():
         owner, _, own_name = name.rpartition(".")
         cut = slices[name] if where.tensor_ranks > 1 else Shard(0)  # which over one rank is the whole
@@ -121,9 +125,38 @@ def local_shard(weight: DTensor | QuantizedWeights, where: Placed) -> Tensor | Q
     return shard
 
 
+def _agree(
+    module: nn.Module, find_slices: Callable[[], dict[str, Placement]], where: Placed
+) -> tuple[dict[str, Placement], dict[str, nn.Parameter | QuantizedExperts]]:
+    """What :func:`place` spreads. The ranks look at each other's layers before one of them may raise by itself."""
+    problem, slices, weights = None, {}, {}
+    try:
+        slices = find_slices()
+        weights = {name: operator.attrgetter(name)(module) for name in slices}
+        _check(weights, slices, where)
+    except Exception as error:
+        problem = known(error)
+    mine = {
+        name: f"{list(weight.shape)} {weight.dtype if isinstance(weight, Tensor) else weight().format}"
+        for name, weight in weights.items()
+        if problem is None
+    }
+    heard: list[tuple[str, dict[str, str]]] = [("", {})] * where.mesh.size()
+    dist.all_gather_object(heard, (describe(problem) if problem else "", mine), group=where.group)
+    if problem is not None:
+        raise problem
+    if failed := "; ".join(f"rank {rank}: {text}" for rank, (text, _) in enumerate(heard) if text):
+        raise RuntimeError(f"{_OP}: {where.layer}: all ranks must be able to spread the layer, but {failed}")
+    for name in dict.fromkeys(name for _, layouts in heard for name in layouts):
+        layouts = [layouts.get(name, "nothing") for _, layouts in heard]
+        if len(set(layouts)) > 1:
+            raise_disagreement(where.layer, name, layouts)
+    return slices, weights
+
+
 def _check(weights: dict[str, nn.Parameter | QuantizedExperts], slices: dict[str, Placement], where: Placed) -> None:
-    mesh, layer = where.mesh, where.layer
-    op = f"{_OP}: {layer}"
+    """Raises where this rank by itself can see that the weights cannot be spread."""
+    mesh, op = where.mesh, f"{_OP}: {where.layer}"
     for name, weight in weights.items():
         if type(weight) is QuantizedExperts:
             if where.tensor_ranks > 1:
@@ -135,23 +168,11 @@ def _check(weights: dict[str, nn.Parameter | QuantizedExperts], slices: dict[str
             raise value_error(op, name, "a plain parameter", found, "shard it once, before anything else")
         if weight.dtype not in FLOAT_DTYPES:
             raise value_error(op, name, f"one of {FLOAT_DTYPES}", weight.dtype, "quantise with quantize_experts")
-    # the ranks look at each other's layers before one of them may raise and leave the others waiting
-    mine = {
-        name: f"{list(weight.shape)} {weight.dtype if isinstance(weight, Tensor) else weight().format}"
-        for name, weight in weights.items()
-    }
-    heard: list[dict[str, str]] = [{}] * mesh.size()
-    dist.all_gather_object(heard, mine, group=where.group)
-    for name in dict.fromkeys(name for rank in heard for name in rank):
-        layouts = [rank.get(name, "nothing") for rank in heard]
-        if len(set(layouts)) > 1:
-            raise_disagreement(layer, name, layouts)
-    num_experts = next(iter(weights.values())).shape[0]
-    if num_experts % mesh.size(0):
-        expected = f"a multiple of the {mesh.size(0)} ranks"
-        remedy = "choose a mesh dimension that divides it, or add experts"
-        raise value_error(op, "num_experts", expected, num_experts, remedy)
     for name, weight in weights.items():
+        if weight.shape[0] % mesh.size(0):
+            expected = f"a multiple of the {mesh.size(0)} ranks"
+            remedy = "choose a mesh dimension that divides it, or add experts"
+            raise value_error(op, "num_experts", expected, weight.shape[0], remedy)
         if isinstance(slices[name], Shard | _StridedShard):
             parts = slices[name].split_factor if isinstance(slices[name], _StridedShard) else 1
             intermediate_size = weight.shape[slices[name].dim] // parts
