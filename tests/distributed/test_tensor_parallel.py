@@ -272,13 +272,20 @@ def flat(state: dict) -> dict[str, Tensor]:
     return found
 
 
-def save(folder: str, *layout) -> None:
+def save(folder: str, *layout, asynchronous: bool = False) -> None:
     state, _ = state_of(lay_out(build_to_save(1), *layout))
     seen = checkpointable(state)
     if layout[0] != "fsdp":  # which cuts experts once more, in its own way
         assert isinstance(seen["model"]["1.gate_up_proj"], Blocks) == (layout[2] > 1)
     assert seen["model"]["0.weight"] is state["model"]["0.weight"]
-    dcp.save(seen, checkpoint_id=folder)
+    if asynchronous:
+        saved = dcp.async_save(seen, checkpoint_id=folder)
+        with torch.no_grad():
+            for weight in state["model"].values():  # what is saved is a copy
+                weight.zero_()
+        saved.result()
+    else:
+        dcp.save(seen, checkpoint_id=folder)
 
 
 def load(folder: str, expected: dict[str, Tensor], *layout) -> None:
@@ -312,6 +319,28 @@ def check_checkpoints(ranks, folder: str, source: tuple, targets: list[tuple]) -
 @pytest.mark.parametrize("source", LAYOUTS, ids=str)
 def test_every_world_loads_what_another_saved(ranks, tmp_path, source):
     check_checkpoints(ranks, str(tmp_path), source, LAYOUTS)
+
+
+def save_while_it_goes_on(folder: str) -> None:
+    save(folder, "experts", 2, 2, asynchronous=True)
+
+
+def test_saved_while_training_goes_on(ranks, tmp_path):
+    ranks.run(save_while_it_goes_on, str(tmp_path))
+    expected, (state, _) = flat(state_of(build_to_save(1))[0]), state_of(build_to_save(2))
+    dcp.load(state, checkpoint_id=str(tmp_path), no_dist=True)
+    for name, value in flat(state).items():
+        assert torch.equal(value, expected[name]), name
+
+
+def ask_of_blocks() -> None:
+    state, _ = state_of(lay_out(build_to_save(1), "experts", 2, 2))
+    checkpointable(state)["model"]["1.gate_up_proj"] + 1
+
+
+def test_what_is_seen_is_no_tensor_to_compute_with(ranks):
+    for line in failure(ranks, ask_of_blocks):
+        assert line.startswith("NotImplementedError: checkpointable: what it gives is for torch.distributed.checkpoint")
 
 
 @pytest.mark.needs_fsdp

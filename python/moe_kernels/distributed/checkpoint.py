@@ -30,8 +30,7 @@ def checkpointable(state: Any) -> Any:
     Returns:
         The same, with each DTensor of several blocks seen as :class:`Blocks`; all else is the very object.
 
-    Without it, what ``torch.distributed.checkpoint`` is given of such a layer is refused. ``async_save`` copies tensors
-    before it saves them, which these refuse: use ``save``.
+    Without it, what ``torch.distributed.checkpoint`` is given of such a layer is refused.
     """
     if isinstance(state, Mapping):
         return {name: checkpointable(value) for name, value in state.items()}
@@ -84,6 +83,9 @@ class Blocks(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function, types, arguments=(), options=None):
+        if function is torch.ops.aten.new_empty.default:  # async_save makes a copy, and copies the attributes into it
+            whole, shape = arguments
+            return Tensor._make_wrapper_subclass(cls, shape, dtype=whole.dtype, device=options["device"])
         raise NotImplementedError(f"checkpointable: what it gives is for torch.distributed.checkpoint, not {function}")
 
 
