@@ -30,7 +30,7 @@ from moe_kernels.distributed import (
 from moe_kernels.distributed.checkpoint import Blocks
 from moe_kernels.nn import MoEFeedForward
 from moe_kernels.testing import assert_close_to_reference
-from tests.distributed.ranks import WORLD_SIZE, full, region
+from tests.distributed.ranks import WORLD_SIZE, Ranks, full, region
 from tests.distributed.test_bad_ranks import Model, failure
 from tests.distributed.test_data import TOKENS as TOKENS_OF_RANKS
 from tests.distributed.test_data import build as build_model
@@ -41,6 +41,7 @@ from tests.distributed.test_expert_parallel import (
     FORCED,
     HIDDEN,
     INTERMEDIATE,
+    OF_EXPERTS,
     OF_TOKENS,
     TOKENS,
     batch,
@@ -168,6 +169,31 @@ def test_a_token_has_the_same_bits_wherever_it_starts(ranks):
     for other in results[1:]:
         for name, value in results[0].items():
             assert torch.equal(other[name], value), name
+
+
+def layer_on_three() -> dict:
+    mesh = init_device_mesh("cpu", (1, 3), mesh_dim_names=("expert", "tensor"))
+    layer = parallelize_module(build(), mesh, ExpertParallel(tensor_dim="tensor"))
+    rank = distributed.get_rank()
+    mine = slice(*((0, 2), (2, 2), (2, 9))[rank])
+    found = step(layer, *(None if tensor is None else tensor[mine] for tensor in batch(9, None, torch.float32)))
+    return {name: full(value) for name, value in found.items()}
+
+
+def test_three_ranks_share_an_expert():
+    """A number that divides nothing but the intermediate size: means over three ranks, one of them without tokens."""
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("this PyTorch has no gloo")
+    three = Ranks(3)
+    try:
+        results = three.run(layer_on_three)
+    finally:
+        three.close()
+    arguments, layer = batch(9, None, torch.float32), build()
+    eager, expected = step(layer, *arguments), step(copy.deepcopy(layer).double(), *in_double(arguments))
+    for name, value in one_process(results, 3).items():
+        value = value * 3 if name in OF_EXPERTS else value
+        assert_close_to_reference(value, expected[name], eager[name], name)
 
 
 def counted_step(tokens: list[int], forced: list[int] | None) -> tuple[int, int]:
