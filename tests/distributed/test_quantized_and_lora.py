@@ -11,13 +11,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from moe_kernels.distributed import data_parallel, fully_shard_experts, shard_experts
+from moe_kernels.distributed import checkpointable, data_parallel, fully_shard_experts, shard_experts
 from moe_kernels.distributed import quantize_experts as quantize_sharded
 from moe_kernels.nn import MoEFeedForward, QuantizedExperts, add_expert_lora, quantize_experts
 from moe_kernels.testing import assert_close_to_reference
+from tests.distributed.ranks import full as all_blocks
 from tests.distributed.test_bad_ranks import failure
-from tests.distributed.test_checkpoint import full
 from tests.distributed.test_expert_parallel import TOKENS, in_double, mesh_of, one_process, share
+from tests.distributed.test_tensor_parallel import grid
 
 HIDDEN, EXPERTS = 32, 8
 #: what is done to a layer, in this order
@@ -107,6 +108,47 @@ def test_equals_one_process(ranks, kind, tokens, world_size, chunk_tokens):
     check(results, kind, world_size, tokens, world_size)
 
 
+def split_step(expert_ranks: int, tensor_ranks: int, tokens: list[int], chunk_tokens: int | None) -> dict:
+    mesh = grid(expert_ranks, tensor_ranks)["expert", "tensor"]
+    model = shard_experts(build("adapters"), mesh, chunk_tokens=chunk_tokens, tensor_dim="tensor")
+    lora, parts = model[1].expert_lora, (EXPERTS // expert_ranks, 3)
+    assert lora.gate_up_b_rows.to_local().shape == (*parts, 32 // tensor_ranks)
+    assert lora.down_a.to_local().shape == (*parts, 16 // tensor_ranks)
+    rank = mesh.get_local_rank("expert") * tensor_ranks + mesh.get_local_rank("tensor")
+    mine = share(expert_ranks * tensor_ranks, tokens, rank)
+    found = step(model[1], *(tensor[mine] for tensor in batch(sum(tokens))))
+    return {name: all_blocks(value) for name, value in found.items()}
+
+
+@pytest.mark.parametrize("chunk_tokens", [None, 2])
+@pytest.mark.parametrize("layout", [(1, 2), (2, 2), (1, 4)], ids=str)
+@pytest.mark.parametrize("tokens", [TOKENS["uneven"], TOKENS["an empty rank"], TOKENS["no tokens"]], ids=str)
+def test_adapters_of_split_experts(ranks, tokens, layout, chunk_tokens):
+    world_size = layout[0] * layout[1]
+    results = ranks.run(split_step, *layout, tokens, chunk_tokens)
+    check(results, "adapters", world_size, tokens, world_size)
+
+
+def factors_everywhere() -> dict[str, Tensor]:
+    """After a step of an optimizer: what ranks that share an expert all have stays the same on all of them."""
+    model = shard_experts(build("adapters"), grid(2, 2)["expert", "tensor"], tensor_dim="tensor")
+    optimizer = torch.optim.AdamW([*model[1].expert_lora.parameters()], foreach=False)
+    mine = share(4, TOKENS["uneven"], distributed.get_rank())
+    x, forced, grad = (tensor[mine] for tensor in batch(sum(TOKENS["uneven"])))
+    (model[1](x, forced) * grad).sum().backward()
+    optimizer.step()
+    lora = model[1].expert_lora
+    return {name: getattr(lora, name).to_local().detach() for name in ("gate_up_a", "down_b_rows")}
+
+
+def test_replicated_factors_stay_the_same(ranks):
+    found, before = ranks.run(factors_everywhere), build("adapters")[1].expert_lora
+    for name in ("gate_up_a", "down_b_rows"):
+        for first, second in ((0, 1), (2, 3)):
+            assert torch.equal(found[first][name], found[second][name])
+        assert not torch.equal(torch.cat([found[0][name], found[2][name]]), getattr(before, name))
+
+
 @pytest.mark.parametrize("kind", ["int8", "adapters of int8"])
 def test_quantised_after_it_was_spread(ranks, kind):
     first, second = (ranks.run(sharded_step, kind, 4, TOKENS["even"], None, after) for after in (False, True))
@@ -155,27 +197,36 @@ def test_beside_data_parallelism(ranks, kind, how):
             assert_close_to_reference(value * 4, expected[name], eager[name], name)
 
 
-def save(folder: str, kind: str, world_size: int) -> None:
-    dcp.save(get_model_state_dict(shard_experts(build(kind), mesh_of(world_size)["expert"])), checkpoint_id=folder)
+def spread(model: nn.Module, world_size: int, tensor_ranks: int) -> nn.Module:
+    if tensor_ranks == 1:
+        return shard_experts(model, mesh_of(world_size)["expert"])
+    return shard_experts(model, grid(world_size, tensor_ranks)["expert", "tensor"], tensor_dim="tensor")
 
 
-def load(folder: str, kind: str, world_size: int) -> dict[str, Tensor]:
-    model = shard_experts(build(kind, seed=2), mesh_of(world_size)["expert"])
+def save(folder: str, kind: str, *layout) -> None:
+    dcp.save(checkpointable(get_model_state_dict(spread(build(kind), *layout))), checkpoint_id=folder)
+
+
+def load(folder: str, kind: str, *layout) -> dict[str, Tensor]:
+    model = spread(build(kind, seed=2), *layout)
     state = get_model_state_dict(model)
-    dcp.load(state, checkpoint_id=folder)
+    dcp.load(checkpointable(state), checkpoint_id=folder)
     set_model_state_dict(model, state)
-    return full(get_model_state_dict(model)) | {"out": model(torch.ones(1, HIDDEN)).detach()}
+    found = {name: all_blocks(value) for name, value in get_model_state_dict(model).items()}
+    return found | {"out": model(torch.ones(1, HIDDEN)).detach()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_world_loads_what_another_saved(ranks, tmp_path, kind):
     model = build(kind)
-    expected = full(model.state_dict())
-    for source in (1, 2, 4):
+    expected, layouts = model.state_dict(), [(1, 1), (2, 1), (4, 1)]
+    if kind == "adapters":
+        layouts = [(2, 1), (2, 2), (1, 4)]
+    for source in layouts:
         folder = str(tmp_path / str(source))
-        ranks.run(save, folder, kind, source)
-        for target in (1, 2, 4):
-            for loaded in ranks.run(load, folder, kind, target):
+        ranks.run(save, folder, kind, *source)
+        for target in layouts:
+            for loaded in ranks.run(load, folder, kind, *target):
                 out = loaded.pop("out")
                 assert_close_to_reference(out, model(torch.ones(1, HIDDEN)), out)
                 assert loaded.keys() == expected.keys()
@@ -229,7 +280,6 @@ def refused(kind: str) -> None:
         ("quantised slices", "quantize_experts: experts of '0' must be whole, got (Shard(dim=0), _StridedShard(dim=1, "
             "sf=2)); quantise before FSDP, and without tensor_dim"),
         ("int8", "ExpertParallel: 1: gate_up_proj must be a plain parameter, got QuantizedExperts; quantised"),
-        ("adapters", "ExpertParallel: 1: expert_lora must be absent where experts are split, got adapters"),
     ],
     ids=lambda value: value if len(value) < 30 else "",
 )  # fmt: skip

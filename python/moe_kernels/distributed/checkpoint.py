@@ -45,7 +45,7 @@ def need_checkpointable(module: nn.Module, state: dict[str, Any], prefix: str, _
     def refuse(*_: Any) -> None:
         raise RuntimeError(f"torch.distributed.checkpoint must be given checkpointable(state), got {prefix}* as it is")
 
-    for name, _ in module.named_parameters(prefix.removesuffix("."), recurse=False):
+    for name, _ in module.named_parameters(prefix.removesuffix(".")):
         if _has_blocks(state.get(name)):
             state[name].__create_write_items__ = state[name].__create_chunk_list__ = refuse
 

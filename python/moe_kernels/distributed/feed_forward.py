@@ -6,14 +6,14 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Placement, Shard
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from moe_kernels._checks import shape_error, value_error
+from moe_kernels._checks import shape_error
 from moe_kernels.activation import Activation
 from moe_kernels.distributed.faults import announce
 from moe_kernels.distributed.ffn import run_ffn
-from moe_kernels.distributed.shards import Placed, local_shard, place
+from moe_kernels.distributed.shards import Placed, local_factor, local_shard, place
 from moe_kernels.distributed.sizes import tell_failure
 from moe_kernels.nn import ExpertLoRA, MoEFeedForward
 from moe_kernels.nn.feed_forward import recomputes
@@ -21,22 +21,28 @@ from moe_kernels.ops.quantize import QuantizedWeights
 
 
 def spread_feed_forward(module: MoEFeedForward, where: Placed, source: int | None) -> None:
-    place(module, partial(_slices, module, where), where, source)
+    place(module, partial(_slices, module), where, source)
     module.run_experts = RunSharded(where, getattr(module, "expert_lora", None))
     module.register_forward_pre_hook(_before, with_kwargs=True)
     module.register_forward_hook(_after, always_call=True)
 
 
-def _slices(module: MoEFeedForward, where: Placed) -> dict[str, Placement]:
-    # of gate_up_proj a slice of the gate rows, and the same of the up rows behind them
-    rows = _StridedShard(1, split_factor=2) if module.activation.gated else Shard(1)
-    slices = {"gate_up_proj": rows, "down_proj": Shard(2)}
-    if not hasattr(module, "expert_lora"):
-        return slices
-    if where.tensor_ranks > 1:
-        op, remedy = f"ExpertParallel: {where.layer}", "experts with adapters are spread whole, without tensor_dim"
-        raise value_error(op, "expert_lora", "absent where experts are split", "adapters", remedy)
-    return slices | {f"expert_lora.{name}": Shard(0) for name, _ in module.expert_lora.named_parameters()}
+def _slices(module: MoEFeedForward) -> dict[str, Placement]:
+    """How ranks that share an expert cut its intermediate dimension out of every parameter; what has none is whole."""
+
+    def rows(dim: int) -> Placement:  # a slice of the gate rows, and the same of the up rows behind them
+        return _StridedShard(dim, split_factor=2) if module.activation.gated else Shard(dim)
+
+    slices = {"gate_up_proj": rows(1), "down_proj": Shard(2)}
+    if hasattr(module, "expert_lora"):
+        of_adapters = {
+            "gate_up_a": Replicate(),
+            "gate_up_b_rows": rows(2),
+            "down_a": Shard(2),
+            "down_b_rows": Replicate(),
+        }
+        slices |= {f"expert_lora.{name}": cut for name, cut in of_adapters.items()}
+    return slices
 
 
 class RunSharded:
@@ -63,8 +69,9 @@ class RunSharded:
         beside: Callable[[], Tensor | None],
     ) -> tuple[Tensor, Tensor | None]:
         where, self.reached = self.where, True
-        factors = [] if self.lora is None else self.lora.factors()
-        weights = [local_shard(weight, where) for weight in (gate_up_proj, down_proj, *factors)]
+        weights = [local_shard(weight, where) for weight in (gate_up_proj, down_proj)]
+        if self.lora is not None:
+            weights += [local_factor(factor, where) for factor in self.lora.factors()]
         how = (activation, where.chunk_tokens, where.team(gate_up_proj.shape[0]))
         options = {"scaling": None if self.lora is None else self.lora.scaling, "beside": beside}
         return run_ffn(hidden_states, topk_ids, topk_weights, weights, *how, **options)

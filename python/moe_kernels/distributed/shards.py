@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from moe_kernels._checks import FLOAT_DTYPES, value_error
+from moe_kernels.distributed.all_to_all import finish
 from moe_kernels.distributed.checkpoint import need_checkpointable
 from moe_kernels.distributed.faults import describe, known
 from moe_kernels.distributed.quantized import local_quantized, spread_quantized
@@ -122,6 +123,22 @@ def local_shard(weight: DTensor | QuantizedWeights, where: Placed) -> Tensor | Q
         shard, ranks = shard / where.tensor_ranks, ranks // where.tensor_ranks
     if shard.requires_grad and ranks > 1:
         shard.register_hook(lambda grad: grad / ranks)
+    return shard
+
+
+def local_factor(factor: DTensor, where: Placed) -> Tensor:
+    """As :func:`local_shard`. Of a factor that all ranks of an expert have, each finds one slice's gradient."""
+    shard, ranks = factor.to_local(), where.mesh.size()
+    if where.tensor_ranks == 1 or not factor.placements[1].is_replicate():
+        return local_shard(factor, where)
+
+    def add_up(grad: Tensor) -> Tensor:
+        group = where.mesh.get_group(1)
+        pending = torch.ops._c10d_functional.all_reduce(grad.contiguous(), "sum", group.group_name)
+        return finish(pending, group, where.layer) / ranks
+
+    if shard.requires_grad:
+        shard.register_hook(add_up)
     return shard
 
 
