@@ -509,6 +509,20 @@ def test_ranks_that_split_experts_otherwise(ranks):
         assert "ranks of each expert must be the same on all ranks" in line and "4 on rank 3" in line
 
 
+def split_of_one(split: int) -> None:
+    x, ids, weights, gate_up, down, _ = ffn_arguments(3, torch.float32)
+    split = split if distributed.get_rank() == 3 else 2
+    expert_parallel_ffn(x, ids, weights, gate_up[:4], down[:4], group=distributed.group.WORLD, tensor_ranks=split)
+
+
+@pytest.mark.parametrize("split", [0, 3, 8])
+def test_a_split_that_does_not_divide_the_ranks(ranks, split):
+    lines = failure(ranks, split_of_one, split)
+    own = f"ValueError: ExpertParallel: expert_parallel_ffn: tensor_ranks must be a divisor of the 4 ranks, got {split}"
+    assert lines[3] == own
+    assert all(f"ranks [3] met an error before it; rank 3: {own}" in line for line in lines[:3])
+
+
 def test_what_is_seen_is_for_checkpoints_alone():
     state = {"a": torch.ones(2), "b": [1, {"c": torch.zeros(1)}]}
     seen = checkpointable(state)

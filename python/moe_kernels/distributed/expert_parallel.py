@@ -53,8 +53,9 @@ class ExpertParallel(ParallelStyle):
 
     Raises:
         TypeError: another module.
-        ValueError: quantised experts, experts that the ranks cannot share equally, a mesh of other dimensions, or
-            layers that are not the same on all ranks (raised on every rank).
+        ValueError: experts that the ranks cannot share equally, a mesh of other dimensions, quantised experts with
+            ``tensor_dim``, or layers that are not the same on all ranks (raised on every rank).
+        RuntimeError: another rank cannot spread its own.
     """
 
     def __init__(self, layer: str = "", *, chunk_tokens: int | None = None, tensor_dim: str | None = None):

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moe_kernels._checks import value_error
 from moe_kernels._dispatch import autocast, autocast_enabled
 from moe_kernels.activation import Activation
 from moe_kernels.distributed.chunks import run_in_chunks
 from moe_kernels.distributed.faults import announcing
-from moe_kernels.distributed.sizes import Team
+from moe_kernels.distributed.sizes import Team, tell_failure
 from moe_kernels.distributed.trip import Trip
 from moe_kernels.nn.expert_lora import expert_ffn_with_lora
 from moe_kernels.ops.expert_ffn import expert_ffn
@@ -68,6 +69,11 @@ def expert_parallel_ffn(
         RuntimeError: on the others, where a rank met an error or did not come; it names layer and rank, as far as they
             are known (see docs/distributed.md).
     """
+    if tensor_ranks < 1 or group.size() % tensor_ranks:
+        expected = f"a divisor of the {group.size()} ranks"
+        error = value_error(f"ExpertParallel: {layer}", "tensor_ranks", expected, tensor_ranks)
+        tell_failure(error, hidden_states.device, group, layer)
+        raise error
     team = Team(group, layer, gate_up_proj.shape[0] * (group.size() // tensor_ranks), tensor_ranks)
     weights = (gate_up_proj, down_proj)
     return run_ffn(hidden_states, topk_ids, topk_weights, weights, activation, chunk_tokens, team)[0]
