@@ -171,6 +171,17 @@ def test_a_token_has_the_same_bits_wherever_it_starts(ranks):
             assert torch.equal(other[name], value), name
 
 
+def test_parts_are_added_in_rising_order_of_ranks(ranks):
+    tokens, grid = TOKENS["uneven"], (1, 4)
+    found = ranks.run(ffn_on_grid, grid, tokens, torch.float32, None)
+    x, ids, weights, gate_up, down, _ = ffn_arguments(sum(tokens), torch.float32)
+    cuts = [(slices(gate_up, 1, 2, grid, rank), slices(down, 2, 1, grid, rank)) for rank in range(4)]
+    first, second, third, last = (expert_ffn(x, ids, weights, *cut) for cut in cuts)
+    out = torch.cat([rank["out"] for rank in found])
+    assert torch.equal(out, ((first + second) + third) + last)
+    assert not torch.equal(out, ((last + third) + second) + first)
+
+
 def layer_on_three() -> dict:
     mesh = init_device_mesh("cpu", (1, 3), mesh_dim_names=("expert", "tensor"))
     layer = parallelize_module(build(), mesh, ExpertParallel(tensor_dim="tensor"))
