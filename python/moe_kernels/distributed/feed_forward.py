@@ -15,7 +15,8 @@ from moe_kernels.distributed.faults import announce
 from moe_kernels.distributed.ffn import run_ffn
 from moe_kernels.distributed.shards import Placed, local_factor, local_shard, place
 from moe_kernels.distributed.sizes import tell_failure
-from moe_kernels.nn import ExpertLoRA, MoEFeedForward
+from moe_kernels.nn import MoEFeedForward
+from moe_kernels.nn.expert_lora import ExpertLoRA
 from moe_kernels.nn.feed_forward import recomputes
 from moe_kernels.ops.quantize import QuantizedWeights
 

@@ -4,7 +4,7 @@ from moe_kernels.nn.adapter_pool import AdapterPool
 from moe_kernels.nn.attention import MoEAttention
 from moe_kernels.nn.cosine_router import CosineRouter
 from moe_kernels.nn.dmoerm import DMoERewardModel
-from moe_kernels.nn.expert_lora import ExpertLoRA, add_expert_lora
+from moe_kernels.nn.expert_lora import add_expert_lora
 from moe_kernels.nn.expert_switcher import ExpertSwitcher
 from moe_kernels.nn.feature_aggregator import FeatureAggregator
 from moe_kernels.nn.feed_forward import MoEFeedForward, Routed
@@ -38,7 +38,6 @@ __all__ = [
     "ArrowRouter",
     "CosineRouter",
     "DMoERewardModel",
-    "ExpertLoRA",
     "ExpertSwitcher",
     "FeatureAggregator",
     "LayerMap",
