@@ -41,7 +41,7 @@ PUBLIC_FILES = {
     "logit_fusion": {"features", "heads", "presets", "tilt", "verify"},
     "route": {"capacity", "expert_choice", "forced", "logits", "losses", "random", "top_p", "two_level"},
     "routed_lora": {"serving"},
-    "task_vector": {"compress", "patch"},
+    "task_vector": {"compress", "part", "patch"},
 }
 
 

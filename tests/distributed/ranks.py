@@ -10,6 +10,32 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from moe_kernels.distributed.checkpoint import Blocks
+
+
+def full(value: Tensor) -> Tensor:
+    """A tensor whole, where it is a DTensor. All ranks must call.
+
+    PyTorch's ``full_tensor`` does not know every order of cuts (2.11 none where a shard is several blocks).
+    """
+    if not isinstance(value, DTensor):
+        return value
+    blocks: list = [None] * dist.get_world_size()
+    dist.all_gather_object(blocks, Blocks(value.detach()).blocks)
+    whole = torch.empty(value.shape, dtype=value.dtype)
+    for rank in value.device_mesh.mesh.flatten().tolist():
+        for offsets, block in blocks[rank].items():
+            whole[region(offsets, block)] = block
+    return whole
+
+
+def region(offsets: torch.Size, block: Tensor) -> tuple[slice, ...]:
+    """Where in the whole a block lies."""
+    return tuple(slice(first, first + size) for first, size in zip(offsets, block.shape, strict=True))
+
 
 #: how long a rank waits for another in a collective: on a busy machine one may import for a long time yet
 TIMEOUT = timedelta(seconds=120)

@@ -1,6 +1,8 @@
 """torch.distributed.checkpoint: what one world saves another loads; a save that is cut short leaves the last one."""
 
 import os
+import time
+from datetime import timedelta
 from unittest import mock
 
 import pytest
@@ -9,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
@@ -122,6 +124,56 @@ def save_twice(first: str, second: str) -> str:
     except (Exception, CheckpointException) as error:
         return str(error)
     raise AssertionError("no error")
+
+
+def train_with_a_fault(folder: str, fault: str) -> dict[str, Tensor]:
+    """Two steps, a checkpoint after each; in the second one the last rank strikes in the middle of the layer."""
+    distributed.barrier()  # ranks start at their own time, and the group is impatient
+    group = distributed.new_group(timeout=timedelta(seconds=3))
+    model = shard_experts(build(1), DeviceMesh.from_group(group, "cpu"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, foreach=False)
+    saved: dict[str, Tensor] = {}
+
+    def strike(*_) -> None:
+        if saved and distributed.get_rank() == 1:
+            if fault == "ends":
+                os._exit(1)
+            if fault == "hangs":
+                time.sleep(6)
+            raise ArithmeticError("struck")
+
+    model[1].register_routing_hook(strike)
+    try:
+        for step in range(2):
+            model(torch.ones(3, 8)).square().sum().backward()
+            for weight in model.parameters():
+                if not isinstance(weight, DTensor):
+                    distributed.all_reduce(weight.grad, group=group)
+            optimizer.step()
+            state = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer), strict=True))
+            dcp.save(state, checkpoint_id=f"{folder}/{step}", process_group=group)
+            saved = full(state)
+    except RuntimeError as error:
+        assert "ExpertParallel: 1: all ranks of the expert group must reach" in str(error) and "[1]" in str(error)
+        return saved
+    raise AssertionError("no error")
+
+
+@pytest.mark.parametrize("fault", ["ends", "hangs", "raises"])
+def test_a_rank_that_strikes_in_the_middle_leaves_the_last_checkpoint(tmp_path, fault):
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("this PyTorch has no gloo")
+    ranks = Ranks(2)
+    try:
+        (saved, failed), (_, other) = ranks.outcomes(train_with_a_fault, str(tmp_path), fault)
+    finally:
+        ranks.close()
+    assert failed is None, failed
+    assert "died" in other if fault == "ends" else "struck" in other
+    assert not (tmp_path / "1").exists()
+    state, _ = state_of(build(2))
+    dcp.load(state, checkpoint_id=str(tmp_path / "0"), no_dist=True)
+    same(full(state), saved)
 
 
 def test_a_rank_that_ends_while_saving_leaves_the_last_checkpoint(tmp_path):

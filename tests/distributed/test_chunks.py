@@ -1,5 +1,6 @@
 """Chunks: the same results, and on no rank more rows at a time than a chunk of everybody's tokens."""
 
+import itertools
 from functools import partial
 from unittest import mock
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, distributed
 from torch.autograd.graph import saved_tensors_hooks
+from torch.profiler import ProfilerActivity, profile
 
 from moe_kernels import expert_ffn
 from moe_kernels.distributed import expert_parallel_ffn, ffn, shard_experts
@@ -95,6 +97,34 @@ def test_memory_under_total_imbalance(ranks):
     whole, chunked = (ranks.run(kept_for_backward, 64, chunk) for chunk in (None, 4))
     assert whole[0] > 4 * 64 * HIDDEN  # everybody's tokens
     assert max(chunked) <= 64 * (HIDDEN + 2 * 2)  # its own tokens, ids and weights
+
+
+def peak_of_a_step(num_tokens: int, chunk_tokens: int | None) -> int:
+    """The most bytes that this rank has allocated at a time where all tokens of all ranks go to the first's experts."""
+    rank = distributed.get_rank()
+    x, _, weights, gate_up, down, grad = ffn_arguments(num_tokens, torch.float32)
+    experts = slice(2 * rank, 2 * rank + 2)
+    ids = torch.tensor([0, 1]).expand(num_tokens, 2)
+    ffn = partial(expert_parallel_ffn, group=distributed.group.WORLD, chunk_tokens=chunk_tokens)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        ffn_step(ffn, x, ids, weights[:, :2], gate_up[experts], down[experts], grad)
+    found = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(found, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes))
+
+
+def test_peak_under_total_imbalance(ranks):
+    """What a token more costs, forward and backward: with chunks its own rank alone, and as little on every rank."""
+    few, many = 128, 512
+    peaks = {chunk: [ranks.run(peak_of_a_step, count, chunk) for count in (few, many)] for chunk in (None, 8)}
+    a_token = {
+        chunk: [(more - less) / (many - few) for less, more in zip(*pair, strict=True)] for chunk, pair in peaks.items()
+    }
+    row = HIDDEN * 4
+    # the first rank keeps rows, activations and gradients of the tokens of all four
+    assert a_token[None][0] > 5 * 4 * row
+    # a token's output and gradients, and what they are put together from, on its own rank
+    assert max(a_token[8]) < 6 * row
 
 
 def layer_in_chunks(autocast: bool) -> None:

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from moe_kernels import balance_loss
 from moe_kernels import distributed as moe_distributed
 from moe_kernels.nn import ModuleStatistics, MoEFeedForward
 from moe_kernels.testing import assert_close_to_reference
+from tests.distributed.ranks import full
+from tests.distributed.test_bad_ranks import failure
 from tests.distributed.test_expert_parallel import mesh_of
 
 HIDDEN, STEPS, MICRO_BATCHES = 12, 3, 2
@@ -73,10 +74,6 @@ def train(model: nn.Module, mine: slice, scale: float, dtype: torch.dtype, befor
 
 def clean(name: str) -> str:
     return name.removeprefix("module.")
-
-
-def full(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def train_on_ranks(how: str, world_size: int, recompute: bool, chunk_tokens: int | None = None) -> tuple[dict, Tensor]:
@@ -193,6 +190,25 @@ def test_statistics_of_the_whole_batch(ranks):
     for found in ranks.run(statistics_on_rank, tokens):
         for name, value in found.items():
             assert_close_to_reference(value.double(), expected[name].double(), expected[name].double(), name)
+
+
+def wrap_over(how: str, dimension: str) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "expert"))
+    model = moe_distributed.shard_experts(build(False), mesh["expert"])
+    over = {"experts": mesh["expert"], "both": mesh, "all": init_device_mesh("cpu", (4,))}[dimension]
+    if how == "ddp":
+        moe_distributed.data_parallel(model, over)
+    else:
+        moe_distributed.fully_shard_experts(model, init_device_mesh("cpu", (4,)), over)
+
+
+@pytest.mark.parametrize("dimension", ["experts", "both", "all"])
+@pytest.mark.parametrize("how", ["ddp", pytest.param("fsdp", marks=pytest.mark.needs_fsdp)])
+def test_meshes_that_do_not_fit(ranks, how, dimension):
+    op = "data_parallel" if how == "ddp" else "fully_shard_experts"
+    for rank, line in enumerate(failure(ranks, wrap_over, how, dimension)):
+        assert line.startswith(f"ValueError: {op}: data_mesh must be the other dimension of the 4 ranks, got ranks [")
+        assert f"where 1.mlp has its experts on ranks {[[0, 1], [2, 3]][rank // 2]}; cut both out of one mesh" in line
 
 
 def test_needs_sharded_experts(ranks):

@@ -4,15 +4,16 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.checkpoint import checkpoint
 
 from moe_kernels.distributed import fully_shard_experts, shard_experts
-from moe_kernels.nn import MoEFeedForward
+from moe_kernels.nn import MoEFeedForward, add_expert_lora
 from tests.distributed.test_bad_ranks import Model
 from tests.distributed.test_expert_parallel import mesh_of
+from tests.distributed.test_tensor_parallel import grid
 
 
 def step(layer, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,14 +23,21 @@ def step(layer, x: Tensor) -> tuple[Tensor, Tensor]:
     return out.detach(), x.grad
 
 
-def build() -> tuple[MoEFeedForward, Tensor]:
+def build(kind: str = "experts") -> tuple[MoEFeedForward, Tensor]:
     torch.manual_seed(0)
-    layer = shard_experts(Model(shared_intermediate_size=4), mesh_of(4)["expert"]).mlp
-    return layer, torch.randn(2, 5, 8)
+    model = Model(shared_intermediate_size=4)
+    if kind == "adapters":
+        add_expert_lora(model, 2)
+        nn.init.normal_(model.mlp.expert_lora.down_b_rows)
+    if kind == "slices":
+        shard_experts(model, grid(2, 2)["expert", "tensor"], tensor_dim="tensor")
+    else:
+        shard_experts(model, mesh_of(4)["expert"])
+    return model.mlp, torch.randn(2, 5, 8)
 
 
-def same_after(change: str) -> None:
-    layer, x = build()
+def same_after(change: str, kind: str) -> None:
+    layer, x = build(kind)
     expected = step(layer, x)
     if change == "inference":
         with torch.inference_mode():
@@ -46,9 +54,10 @@ def same_after(change: str) -> None:
         assert torch.equal(actual, value)
 
 
+@pytest.mark.parametrize("kind", ["experts", "slices", "adapters"])
 @pytest.mark.parametrize("change", ["inference", "compiled", "copied", "reentrant checkpoint", "checkpoint", "frozen"])
-def test_same_bits(ranks, change):
-    ranks.run(same_after, change)
+def test_same_bits(ranks, change, kind):
+    ranks.run(same_after, change, kind)
 
 
 def mixed_precision() -> None:

@@ -4,10 +4,12 @@
 
     torchrun --nproc-per-node 4 -m moe_kernels.demo.over_ranks              # one expert dimension of 4 ranks
     torchrun --nproc-per-node 4 -m moe_kernels.demo.over_ranks --experts-over 2      # 2 ranks of data x 2 of experts
+    torchrun --nproc-per-node 4 -m moe_kernels.demo.over_ranks --split-over 2        # 2 of experts x 2 of each expert
     python -m moe_kernels.demo.over_ranks                                   # the same curve in one process
 
 Every run reads the same batches and starts from the same weights: the curves are equal to rounding (float32: until a
-near tie between experts falls the other way; ``--dtype float64``: to the last digits). gloo on CPUs, NCCL on GPUs.
+near tie between experts falls the other way; ``--dtype float64``: to the last digits). Two runs on the same ranks have
+the same bits. gloo on CPUs; NCCL on GPUs, on which it has never run.
 """
 
 import argparse
@@ -72,7 +74,7 @@ def batches(steps: int, seed: int) -> Tensor:
     return text[starts + torch.arange(WINDOW + 1)]
 
 
-def train(steps: int, experts_over: int, dtype: torch.dtype, seed: int) -> list[float]:
+def train(steps: int, experts_over: int, split_over: int, dtype: torch.dtype, seed: int) -> list[float]:
     """The loss of each step over all ranks."""
     torch.manual_seed(seed)
     model = LanguageModel().to(dtype)
@@ -88,9 +90,9 @@ def train(steps: int, experts_over: int, dtype: torch.dtype, seed: int) -> list[
         if torch.cuda.is_available():
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        shape, names = (world_size // experts_over, experts_over), ("data", "expert")
-        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
-        shard_experts(model.to(device), mesh["expert"])
+        shape = (world_size // (experts_over * split_over), experts_over, split_over)
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data", "expert", "tensor"))
+        shard_experts(model.to(device), mesh["expert", "tensor"], tensor_dim="tensor")
         model = data_parallel(model, mesh["data"])
     # experts are DTensors and the rest is not: one by one
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, foreach=False)
@@ -113,19 +115,23 @@ def train(steps: int, experts_over: int, dtype: torch.dtype, seed: int) -> list[
 def main() -> None:
     parser = argparse.ArgumentParser(prog="moe_kernels.demo.over_ranks", description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=100, help="optimizer steps (default: %(default)s)")
-    parser.add_argument("--experts-over", type=int, help="ranks among which the experts are split (default: all)")
+    parser.add_argument(
+        "--experts-over", type=int, help="ranks among which the experts are spread (default: all others)"
+    )
+    parser.add_argument("--split-over", type=int, default=1, help="ranks that share each expert (default: %(default)s)")
     parser.add_argument("--dtype", choices=("float32", "float64", "bfloat16"), default="float32")
     parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="a file for the curve, as JSON")
     arguments = parser.parse_args()
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    experts_over = arguments.experts_over or world_size
-    if world_size % experts_over or BATCH % world_size:
-        sizes = f"--experts-over={experts_over} must divide the {world_size} ranks"
+    split_over = arguments.split_over
+    experts_over = arguments.experts_over or max(world_size // split_over, 1)
+    if world_size % (experts_over * split_over) or BATCH % world_size:
+        sizes = f"--experts-over={experts_over} times --split-over={split_over} must divide the {world_size} ranks"
         parser.error(f"{sizes}, and these the {BATCH} windows of a batch")
     if "RANK" in os.environ:  # started by torchrun
         dist.init_process_group()
-    curve = train(arguments.steps, experts_over, getattr(torch, arguments.dtype), arguments.seed)
+    curve = train(arguments.steps, experts_over, split_over, getattr(torch, arguments.dtype), arguments.seed)
     if arguments.out and int(os.environ.get("RANK", 0)) == 0:
         arguments.out.write_text(json.dumps(curve))
     if dist.is_initialized():

@@ -7,25 +7,30 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moe_kernels.distributed.faults import blame, known
+
 
 def launch(rows: Tensor, send: list[int], receive: list[int], group: ProcessGroup) -> Tensor:
     """Starts an all-to-all; every byte that this package sends from rank to rank in a layer goes through here."""
     return torch.ops._c10d_functional.all_to_all_single(rows.contiguous(), receive, send, group.group_name)
 
 
-def finish(pending: Tensor, layer: str) -> Tensor:
+def finish(pending: Tensor, group: ProcessGroup, layer: str) -> Tensor:
     """The rows of :func:`launch`, once they are there. On a GPU its stream waits, not the host.
 
     Raises:
         RuntimeError: a rank ended, or did not answer within the process group's timeout (gloo; NCCL's watchdog ends the
-            process itself). It names the layer.
+            process itself). It names the layer, and the ranks that did not come.
     """
     try:
         return torch.ops._c10d_functional.wait_tensor(pending)
     except RuntimeError as error:
-        raise RuntimeError(
-            f"ExpertParallel: {layer}: all ranks of the expert group must reach this exchange, but one ended or did "
-            "not answer within the process group's timeout; see its own error, then restart all ranks from a checkpoint"
+        raise known(
+            RuntimeError(
+                f"ExpertParallel: {layer}: all ranks of the expert group must reach this exchange, but one ended or "
+                f"did not answer within the process group's timeout{blame(group, layer)}; see its own error, then "
+                "restart all ranks from a checkpoint"
+            )
         ) from error
 
 
@@ -56,7 +61,7 @@ class Exchange:
 
     def finish(self) -> Tensor:
         pending, self.pending = self.pending, None
-        return finish(pending, self.layer)
+        return finish(pending, self.group, self.layer)
 
 
 # the rows themselves cannot pass from one to the other: a gradient must have the shape of its tensor, and as many rows

@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.distributed import ProcessGroup
 
 from moe_kernels._checks import value_error
+from moe_kernels.distributed.faults import announcing
+from moe_kernels.distributed.sizes import Team
 from moe_kernels.distributed.trip import Trip
 
 
@@ -18,9 +19,7 @@ def run_in_chunks(
     parameters: tuple[Tensor, ...],
     experts: Callable[..., Tensor],
     chunk_tokens: int,
-    num_experts: int,
-    group: ProcessGroup,
-    layer: str,
+    team: Team,
 ) -> Tensor:
     """:class:`Trip` of ``chunk_tokens`` tokens of each rank at a time.
 
@@ -39,18 +38,18 @@ def run_in_chunks(
 
     def set_out(*chunk: Tensor) -> Trip:
         options = {"chunk_tokens": chunk_tokens, "num_tokens": hidden_states.shape[0]}
-        return Trip(*chunk, num_experts, group, layer, **options)
+        return Trip(*chunk, team, **options)
 
-    return _Chunks.apply(set_out, experts, chunk_tokens, hidden_states, topk_ids, topk_weights, *parameters)
+    return _Chunks.apply(set_out, experts, chunk_tokens, team, hidden_states, topk_ids, topk_weights, *parameters)
 
 
 class _Chunks(torch.autograd.Function):
     """Saves the arguments."""
 
     @staticmethod
-    def forward(ctx, set_out, experts, chunk_tokens: int, *tensors: Tensor) -> Tensor:
+    def forward(ctx, set_out, experts, chunk_tokens: int, team: Team, *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
-        ctx.given = (set_out, experts, chunk_tokens)
+        ctx.given = (set_out, experts, chunk_tokens, team)
         parameters = tensors[3:]
         outs, last = [], None
         for _, _, trip in _under_way(set_out, chunk_tokens, tensors[:3]):
@@ -63,10 +62,10 @@ class _Chunks(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: Tensor):
-        set_out, experts, chunk_tokens = ctx.given
+        set_out, experts, chunk_tokens, team = ctx.given
         tensors = [
             tensor.detach().requires_grad_(needed)
-            for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[3:], strict=True)
+            for tensor, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[4:], strict=True)
         ]
         batch, parameters = tensors[:3], tensors[3:]
         grads = [
@@ -75,7 +74,7 @@ class _Chunks(torch.autograd.Function):
             else None
             for tensor in tensors
         ]
-        with torch.enable_grad():
+        with announcing(team.group, team.layer, backward=True), torch.enable_grad():
             for rows, chunk, trip in _under_way(set_out, chunk_tokens, batch):
                 out = trip.run(lambda *rows: experts(*rows, *parameters)).finish()
                 asked = [at for at, grad in enumerate(grads) if grad is not None]
@@ -83,6 +82,7 @@ class _Chunks(torch.autograd.Function):
                 for at, grad in zip(asked, torch.autograd.grad(out, leaves, grad_out[rows]), strict=True):
                     grads[at][rows if at < len(batch) else ...] += grad
         return (
+            None,
             None,
             None,
             None,

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
 from moe_kernels._checks import value_error
@@ -36,8 +36,12 @@ def data_parallel(model: nn.Module, data_mesh: DeviceMesh, **options) -> Distrib
         data_mesh: the mesh dimension whose ranks have the same experts.
         options: of ``DistributedDataParallel``. Its ranks are all ranks of the job, unless ``process_group`` says
             otherwise.
+
+    Raises:
+        ValueError: a model without sharded experts, or a ``data_mesh`` that is not across them.
     """
     placed = _placed("data_parallel", model)
+    _check_mesh("data_parallel", placed, data_mesh, dist.get_world_size(options.get("process_group")))
     ignored = [name for path, module in placed for name in _own_state(path, module)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     wrapped = DistributedDataParallel(model, **options)
@@ -69,6 +73,7 @@ def fully_shard_experts(model: nn.Module, world_mesh: DeviceMesh, data_mesh: Dev
         options: of ``fully_shard``.
 
     Raises:
+        ValueError: a model without sharded experts, or a ``data_mesh`` that is not across them.
         RuntimeError: a PyTorch whose ``fully_shard`` has one mesh for all parameters of a module.
     """
     try:
@@ -79,7 +84,9 @@ def fully_shard_experts(model: nn.Module, world_mesh: DeviceMesh, data_mesh: Dev
             "data_parallel or a later PyTorch"
         ) from error
     over_data = ShardPlacementResult(Shard(0), FSDPMeshInfo(mesh=data_mesh, shard_mesh_dim=0))
-    for _, module in _placed("fully_shard_experts", model):
+    placed = _placed("fully_shard_experts", model)
+    _check_mesh("fully_shard_experts", placed, data_mesh, world_mesh.size())
+    for _, module in placed:
         experts = {id(module.get_parameter(name)) for name in sharded_names(module)}
         place = lambda weight, experts=experts: over_data if id(weight) in experts else None  # noqa: E731
         if data_mesh.size() == world_mesh.size():  # one rank has all experts: fully_shard wants one mesh for one group
@@ -95,7 +102,19 @@ def _placed(op: str, model: nn.Module) -> list[tuple[str, nn.Module]]:
     return found
 
 
+def _check_mesh(op: str, placed: list[tuple[str, nn.Module]], data_mesh: DeviceMesh, num_ranks: int) -> None:
+    remedy = "cut both out of one mesh: mesh['data'], mesh['expert']"
+    for path, module in placed:
+        ranks, experts = data_mesh.mesh.tolist(), module.expert_parallel.everyone.mesh.tolist()
+        # otherwise ranks would average experts that are not the same
+        if data_mesh.ndim != 1 or {*ranks} & {*experts} != {dist.get_rank()} or len(ranks) * len(experts) != num_ranks:
+            expected = f"the other dimension of the {num_ranks} ranks"
+            actual = f"ranks {ranks} where {path or type(module).__name__} has its experts on ranks {experts}"
+            raise value_error(op, "data_mesh", expected, actual, remedy)
+
+
 def _own_state(path: str, module: nn.Module) -> list[str]:
     """What is not the same on all ranks: experts, and the counts of a rank's own tokens."""
     counts = ["expert_counts"] if getattr(module, "expert_counts", None) is not None else []
-    return [f"{path}.{name}" if path else name for name in (*sharded_names(module), *counts)]
+    quantised = [name for name, buffer in module.named_buffers() if isinstance(buffer, DTensor)]
+    return [f"{path}.{name}" if path else name for name in (*sharded_names(module), *quantised, *counts)]

@@ -8,6 +8,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from moe_kernels._checks import value_error
 from moe_kernels._dispatch import autocast, autocast_enabled
+from moe_kernels.distributed.faults import announcing
+from moe_kernels.distributed.sizes import Team
 from moe_kernels.distributed.trip import Trip
 from moe_kernels.ops.routed_lora import routed_lora
 
@@ -62,6 +64,8 @@ def expert_parallel_lora(
     if adapter_weights is None:
         adapter_weights = torch.ones(adapter_ids.shape, dtype=torch.float32, device=x.device)
     run = partial(routed_lora, scaling=scaling)
-    trip = Trip(x, adapter_ids, adapter_weights, lora_a.shape[0], mesh.get_group(), layer)
-    out = trip.run(lambda rows, ids, weights: run(rows, *factors, ids, weights)).finish()
+    team = Team(mesh.get_group(), layer, lora_a.shape[0])
+    with announcing(team.group, layer):
+        trip = Trip(x, adapter_ids, adapter_weights, team)
+        out = trip.run(lambda rows, ids, weights: run(rows, *factors, ids, weights)).finish()
     return out if base is None else base + out

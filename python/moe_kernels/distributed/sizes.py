@@ -8,6 +8,7 @@ from torch.distributed import ProcessGroup
 
 from moe_kernels._checks import FLOAT_DTYPES
 from moe_kernels.distributed.all_to_all import finish, launch
+from moe_kernels.distributed.faults import describe, known, read, tell
 
 #: what must be the same on all ranks, or the exchange would read rows at a wrong size or wait for ever
 _KIND = (
@@ -17,10 +18,27 @@ _KIND = (
     "who needs a gradient",
     "num_experts",
     "chunk_tokens",
+    "ranks of each expert",
 )
 #: int64 numbers that each rank sends to each other
 NUMBERS = 4 + len(_KIND)
 _GRADIENTS = ("neither", "hidden_states", "topk_weights", "hidden_states and topk_weights")
+
+
+class Team(NamedTuple):
+    """The ranks that share a layer's experts.
+
+    Attributes:
+        group: all of them.
+        layer: name for errors.
+        num_experts: of the whole layer; each of ``group.size() / tensor_ranks`` blocks of ranks has as many.
+        tensor_ranks: neighbours that share each expert, every one with a slice of its intermediate dimension.
+    """
+
+    group: ProcessGroup
+    layer: str
+    num_experts: int
+    tensor_ranks: int = 1
 
 
 class Sizes(NamedTuple):
@@ -46,10 +64,8 @@ def exchange_sizes(
     num_tokens: int,
     hidden_states: Tensor,
     topk_weights: Tensor,
-    num_experts: int,
     chunk_tokens: int,
-    group: ProcessGroup,
-    layer: str,
+    team: Team,
 ) -> Sizes:
     """One all-to-all of a few integers, and the only wait of the host for the device in a layer.
 
@@ -60,9 +76,7 @@ def exchange_sizes(
         rows, pairs: [world_size] integers, how many this rank sends to each.
         num_tokens: of this rank, in all chunks.
         hidden_states, topk_weights: what is to be sent.
-        num_experts: of the whole layer.
         chunk_tokens: tokens of a chunk, 0 without chunks.
-        layer: name for the error.
 
     Raises:
         ValueError: on every rank, where ranks disagree; it names the layer, the ranks and what differs.
@@ -70,21 +84,24 @@ def exchange_sizes(
     """
     gradients = (hidden_states.requires_grad + 2 * topk_weights.requires_grad) if torch.is_grad_enabled() else 0
     dtypes = [FLOAT_DTYPES.index(tensor.dtype) for tensor in (hidden_states, topk_weights)]
-    kind = (hidden_states.shape[1], *dtypes, gradients, num_experts, chunk_tokens)
+    kind = (hidden_states.shape[1], *dtypes, gradients, team.num_experts, chunk_tokens, team.tensor_ranks)
     world_size, top_k = rows.shape[0], topk_weights.shape[1]
     # filled on the device: a copy from the host would be another wait
     told = [torch.full_like(rows, number, dtype=torch.int64) for number in (top_k, num_tokens, *kind)]
     sent = torch.stack([rows.long(), pairs.long(), *told], 1)
     once = [1] * world_size
-    received = finish(launch(sent, once, once, group), layer)
+    received = finish(launch(sent, once, once, team.group), team.group, team.layer)
     sent, received = torch.stack([sent, received]).tolist()
     failed = [rank for rank, peer in enumerate(received) if peer[0] < 0]
     if failed:
-        raise RuntimeError(
-            f"ExpertParallel: {layer}: all ranks of the expert group must reach this exchange, but ranks {failed} met "
-            "an error before it; see their own errors"
+        reasons = "".join(f"; rank {rank}: {text}" for rank in failed if (text := read(team.group, f"told/{rank}")))
+        raise known(
+            RuntimeError(
+                f"ExpertParallel: {team.layer}: all ranks of the expert group must reach this exchange, but ranks "
+                f"{failed} met an error before it{reasons or '; see their own errors'}"
+            )
         )
-    _check_agreement([peer[4:] for peer in received], layer)
+    _check_agreement([peer[4:] for peer in received], team.layer)
     return Sizes(
         rows_sent=[peer[0] for peer in sent],
         rows_received=[peer[0] for peer in received],
@@ -95,9 +112,14 @@ def exchange_sizes(
     )
 
 
-def tell_failure(device: torch.device, world_size: int, group: ProcessGroup) -> None:
+def tell_failure(error: Exception, device: torch.device, group: ProcessGroup, layer: str) -> None:
     """Takes part in the exchange of sizes for a rank that cannot go on, so that none waits for it."""
-    finish(launch(torch.full((world_size, NUMBERS), -1, device=device), [1] * world_size, [1] * world_size, group), "")
+    if getattr(error, "known_to_all_ranks", False):
+        return
+    tell(group, f"told/{group.rank()}", describe(error))
+    once = [1] * group.size()
+    finish(launch(torch.full((group.size(), NUMBERS), -1, device=device), once, once, group), group, layer)
+    known(error)
 
 
 def _check_agreement(kinds: list[list[int]], layer: str) -> None:
@@ -114,7 +136,9 @@ def _check_agreement(kinds: list[list[int]], layer: str) -> None:
 def raise_disagreement(layer: str, name: str, values: list) -> None:
     """Raises with the value of each rank of the group: the first rank's, and who has another."""
     others = ", ".join(f"{value} on rank {rank}" for rank, value in enumerate(values) if value != values[0])
-    raise ValueError(
-        f"ExpertParallel: {layer}: {name} must be the same on all ranks of the expert group, got {values[0]} on rank 0 "
-        f"and {others}; give every rank the same layer, dtype and frozen parameters"
+    raise known(
+        ValueError(
+            f"ExpertParallel: {layer}: {name} must be the same on all ranks of the expert group, got {values[0]} on "
+            f"rank 0 and {others}; give every rank the same layer, dtype and frozen parameters"
+        )
     )

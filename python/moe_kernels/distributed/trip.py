@@ -4,12 +4,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
 from moe_kernels._checks import FLOAT_DTYPES, ID_DTYPES, check_same_device, dtype_error, shape_error
 from moe_kernels.distributed.all_to_all import Exchange
 from moe_kernels.distributed.rank_plan import RankPlan, plan_ranks
-from moe_kernels.distributed.sizes import Sizes, exchange_sizes, tell_failure
+from moe_kernels.distributed.sizes import Sizes, Team, exchange_sizes, tell_failure
 from moe_kernels.ops.permute import permute, unpermute
 
 #: from rows [num_rows, hidden_size], ids [num_rows, top_k] int32 of a rank's own experts (-1: none) and weights
@@ -22,7 +21,7 @@ class Trip:
 
     ::
 
-        trip = Trip(hidden_states, topk_ids, topk_weights, num_experts, group, layer)
+        trip = Trip(hidden_states, topk_ids, topk_weights, team)
         ...                             # work that needs nothing of it
         trip.run(experts)
         ...
@@ -32,6 +31,9 @@ class Trip:
         out[rank] = experts(rows, ids, weights) there, a weighted sum over the token's experts of that rank
         out       = sum of out[rank], in rising order of the ranks
 
+    Where several ranks own an expert together (``team.tensor_ranks``), each has a slice of its intermediate dimension
+    and returns that part of the sum: the reduction over tensor-parallel ranks is the one that adds the experts anyway.
+
     Sent by a layer, and no byte more: a row for each (token, rank) and an int32 and a weight for each (token, expert)
     there; back, a row for each (token, rank). Backward sends as many rows and weights the other way, no ints. Before
     them go the sizes, :data:`.sizes.NUMBERS` int64 to each rank.
@@ -39,9 +41,7 @@ class Trip:
     Args:
         hidden_states: [num_tokens, hidden_size]; each rank has tokens of its own, any number, also none.
         topk_ids, topk_weights: [num_tokens, top_k].
-        num_experts: of the whole layer.
-        group: the ranks among which the experts are split; all of them must take the trip, forward and backward.
-        layer: name for errors.
+        team: all of its ranks must take the trip, forward and backward.
         chunk_tokens, num_tokens: of a batch that travels in chunks, see :mod:`.chunks`.
     """
 
@@ -50,27 +50,25 @@ class Trip:
         hidden_states: Tensor,
         topk_ids: Tensor,
         topk_weights: Tensor,
-        num_experts: int,
-        group: ProcessGroup,
-        layer: str,
+        team: Team,
         *,
         chunk_tokens: int = 0,
         num_tokens: int = 0,
     ):
+        group, layer = team.group, team.layer
         try:
             check_batch(layer, hidden_states, topk_ids, topk_weights)
-            plan = plan_ranks(topk_ids, topk_weights, num_experts, group.size())
-        except Exception:
-            tell_failure(hidden_states.device, group.size(), group)
+            plan = plan_ranks(topk_ids, topk_weights, team.num_experts, group.size(), team.tensor_ranks)
+        except Exception as error:
+            tell_failure(error, hidden_states.device, group, layer)
             raise
         counts = (plan.tokens.expert_offsets.diff(), plan.pairs.expert_offsets.diff())
-        kind = (num_experts, chunk_tokens)
-        self.sizes = sizes = exchange_sizes(*counts, num_tokens, hidden_states, topk_weights, *kind, group, layer)
+        self.sizes = sizes = exchange_sizes(*counts, num_tokens, hidden_states, topk_weights, chunk_tokens, team)
         self.token_plan = plan.tokens.cut(sum(sizes.rows_sent))
         self.there = Exchange(sizes.rows_sent, sizes.rows_received, group, layer)
         self.back = Exchange(sizes.rows_received, sizes.rows_sent, group, layer)
         self.ticket = self.there.start(permute(hidden_states, self.token_plan))
-        self.pairs = _Pairs(plan, sizes, group, layer)
+        self.pairs = _Pairs(plan, sizes, team)
 
     def run(self, experts: Experts) -> "Trip":
         """Waits for the rows, runs them and starts them back."""
@@ -103,9 +101,10 @@ def check_batch(layer: str, hidden_states: Tensor, topk_ids: Tensor, topk_weight
 class _Pairs:
     """Tells each rank which of its experts the rows are for, and with what weights."""
 
-    def __init__(self, plan: RankPlan, sizes: Sizes, group: ProcessGroup, layer: str):
+    def __init__(self, plan: RankPlan, sizes: Sizes, team: Team):
         self.sizes = sizes
-        self.codes, self.weights = (Exchange(sizes.pairs_sent, sizes.pairs_received, group, layer) for _ in range(2))
+        sent, received = sizes.pairs_sent, sizes.pairs_received
+        self.codes, self.weights = (Exchange(sent, received, team.group, team.layer) for _ in range(2))
         pair_plan = plan.pairs.cut(sum(sizes.pairs_sent))
         self.codes_ticket = self.codes.start(plan.codes[pair_plan.source_rows.long()])
         self.weights_ticket = self.weights.start(permute(plan.topk_weights.reshape(-1, 1), pair_plan))

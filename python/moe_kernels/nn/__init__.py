@@ -4,6 +4,7 @@ from moe_kernels.nn.adapter_pool import AdapterPool
 from moe_kernels.nn.attention import MoEAttention
 from moe_kernels.nn.cosine_router import CosineRouter
 from moe_kernels.nn.dmoerm import DMoERewardModel
+from moe_kernels.nn.expert_lora import add_expert_lora
 from moe_kernels.nn.expert_switcher import ExpertSwitcher
 from moe_kernels.nn.feature_aggregator import FeatureAggregator
 from moe_kernels.nn.feed_forward import MoEFeedForward, Routed
@@ -59,6 +60,7 @@ __all__ = [
     "TaskVectorLinear",
     "XLoRA",
     "XLoRAClassifier",
+    "add_expert_lora",
     "merge_experts",
     "merge_lora",
     "prior_approximate_loss",

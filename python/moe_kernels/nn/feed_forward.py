@@ -73,7 +73,8 @@ class MoEFeedForward(nn.Module):
         shared_gate: [1, hidden_size] or None.
         expert_bias: [number of logits] float32, whatever the layer's dtype, saved with the layer; or None.
         expert_counts: [number of logits] int64, picks since the last :meth:`update_expert_bias`; not saved; or None.
-        run_experts: :func:`run_experts`, or what :class:`moe_kernels.distributed.ExpertParallel` put in its place.
+        run_experts: :func:`run_experts`, or what :func:`add_expert_lora` or
+            :class:`moe_kernels.distributed.ExpertParallel` put in its place.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from moe_kernels._checks import value_error
 from moe_kernels.nn.feed_forward import MoEFeedForward
 from moe_kernels.nn.quantized_experts import QuantizedExperts, put_in_place
 from moe_kernels.ops.quantize import quantize
@@ -27,10 +28,18 @@ def quantize_experts(module: nn.Module, format: str = "int8", *, group_size: int
     for name, layer in module.named_modules():
         if not isinstance(layer, MoEFeedForward) or isinstance(layer.gate_up_proj, QuantizedExperts):
             continue
+        if hasattr(layer, "expert_parallel"):
+            remedy = "call moe_kernels.distributed.quantize_experts"
+            raise value_error("quantize_experts", f"experts of {name!r}", "on one device", "experts over ranks", remedy)
         options = {"format": format, "group_size": group_size}
-        gate_up = quantize(layer.gate_up_proj, **options, num_splits=2 if layer.activation.gated else 1)
+        gate_up = quantize(layer.gate_up_proj, **options, num_splits=num_splits(layer))
         down = quantize(layer.down_proj, **options)  # both, before a layer is changed
         put_in_place(layer, "gate_up_proj", gate_up)
         put_in_place(layer, "down_proj", down)
         names.append(name)
     return names
+
+
+def num_splits(layer: MoEFeedForward) -> int:
+    """Whether the rows of gate and up are held apart, as the fused kernels want them. With adapters others run."""
+    return 2 if layer.activation.gated and not hasattr(layer, "expert_lora") else 1

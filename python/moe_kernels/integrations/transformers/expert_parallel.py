@@ -4,6 +4,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
+from moe_kernels.distributed.faults import announcing
+from moe_kernels.distributed.sizes import Team
 from moe_kernels.distributed.trip import Trip
 
 
@@ -30,8 +32,9 @@ class DeduplicatedEP(EPImplementation):
             whole = [DTensor.from_local(tensor, self.tp_mesh, [Replicate()], run_check=False) for tensor in batch]
             batch = [tensor.redistribute(placements=[Shard(0)]).to_local() for tensor in whole]
         num_experts = self.num_local_experts * self.ep_mesh.size()
-        trip = Trip(*batch, num_experts, self.ep_mesh.get_group(), "transformers' experts")
-        out = trip.run(self._run).finish()
+        team = Team(self.ep_mesh.get_group(), "transformers' experts", num_experts)
+        with announcing(team.group, team.layer):
+            out = Trip(*batch, team).run(self._run).finish()
         if self.tp_mesh.size() == 1:
             return out
         parts = {"device_mesh": self.tp_mesh, "placements": [Shard(0)], "run_check": False}

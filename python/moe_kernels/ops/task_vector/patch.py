@@ -1,7 +1,7 @@
 """Lossless patches: a weight turned into another one and back, every bit of it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -126,6 +126,20 @@ def apply_patch_(weight: Tensor, patch: Patch, *, backend: Backend = "auto") -> 
 def unapply_patch_(weight: Tensor, patch: Patch, *, backend: Backend = "auto") -> None:
     """Takes back :func:`apply_patch_`, to the last bit. Nothing but the patch is needed for it."""
     _move("unapply_patch_", weight, patch, True, backend)
+
+
+def part_of_patch(patch: Patch, take: Callable[[Tensor], Tensor]) -> Patch:
+    """What moves a part of a weight as ``patch`` moves the whole.
+
+    Args:
+        patch: unpacked for a moment, twice as large as the whole weight.
+        take: cuts the part out of a tensor of the weight's shape; called on ``patch``'s device.
+    """
+    # steps add up modulo the number of bit patterns, so those from zero are the patch's own
+    zero = torch.zeros(patch.shape, dtype=patch.dtype, device=patch.device)
+    moved = zero.clone()
+    apply_patch_(moved, patch)
+    return replace(make_patch(take(moved), take(zero)), base_hash=0).to(patch.device)
 
 
 def _kernels(op: str, backend: Backend):
