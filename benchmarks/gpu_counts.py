@@ -10,8 +10,8 @@ memory           distinct sectors: what DRAM moves when the caches are perfect
 conflicts        shared-memory wavefronts beyond one for each phase
 
 Task vectors (--op task_vector), of 256 x 1024 elements: one or eight of 20 % density are added to a weight in bfloat16,
-and decoded from packed bytes; eight weights are merged into one. Floors: planes or packed bytes read, planes written,
-all weights read and written.
+and decoded from packed bytes; eight weights are merged into one; tokens meet a weight and one vector. Floors: planes or
+packed bytes read, planes written, all weights read and written.
 
 What lies above the floor in ours: permute reads a token once for each of its rows, top_k times in all, of which DRAM
 serves one (memory) and L2 the others; a plan of more than one tile (2048 pairs) reads the ids twice and keeps a table
@@ -45,7 +45,7 @@ from torch import Tensor  # noqa: E402
 from benchmarks.harness import check, commit  # noqa: E402
 from benchmarks.providers.base import installed_version  # noqa: E402
 from benchmarks.shapes import SHAPES, LayerShape  # noqa: E402
-from moe_kernels import apply_, compress, decompress, merge, permute, plan_dispatch, route, unpermute  # noqa: E402
+from moe_kernels import apply_, compress, decompress, merge, permute, plan_dispatch, route, ternary_linear, unpermute  # noqa: E402
 from tests.gpu import ptx_ops, triton_on_ptx  # noqa: E402
 
 
@@ -189,6 +189,15 @@ def task_vector_cells(dtype: torch.dtype):
         models = len(experts) + (what == "merge ties")
         right = lambda _, out, e=expected: torch.equal(out, e)  # noqa: E731
         yield Cell(what, (models + 1) * weights // 2, calls, right)
+    delta = decompress(packed[0])
+    for num_tokens in (1, 16):
+        x = torch.randn(num_tokens, shape[1], generator=generator).to(dtype)
+        calls = {name: lambda b=b, x=x: ternary_linear(x, weight, delta, backend=b) for name, b in ours.items()}
+        expected = ternary_linear(x.double(), weight.double(), delta)
+        eager = ternary_linear(x, weight, delta, backend="reference")
+        right = lambda _, out, e=expected, r=eager: not check(out, e, r).wrong  # noqa: E731
+        floor = weights // 2 + planes + num_tokens * (shape[0] + shape[1]) * dtype.itemsize
+        yield Cell(f"ternary_linear {num_tokens} tokens", floor, calls, right)
 
 
 VERSIONS = {"moe-ops": "moe-ops", "Liger": "liger-kernel"}

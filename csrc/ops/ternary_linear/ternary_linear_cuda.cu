@@ -24,6 +24,11 @@ struct Deltas {
   float values[kMaxDeltas];
   int count;
   int64_t num_groups;  // of each plane
+  bool whole_groups;   // a row of W is whole groups, at multiples of 16 bytes
+};
+
+struct alignas(16) Group {
+  uint64_t nonzero, negative;
 };
 
 // Who uses which delta, and with what weight.
@@ -93,11 +98,18 @@ __device__ __forceinline__ uint32_t one(fp16) { return 0x3c00; }
 
 // The same of a delta's row, from its bit on. What lies behind the row are the next one's signs: they meet zeros.
 template <class T>
-__device__ __forceinline__ void make_signs(const uint64_t* planes, int64_t bit, int64_t num_groups, uint32_t (&words)[8]) {
+__device__ __forceinline__ void make_signs(const Deltas& deltas, int delta, int64_t bit, uint32_t (&words)[8]) {
+  const uint64_t* planes = deltas.planes[delta];
+  const int64_t group = bit / kTernaryGroup;
+  Group both{};
+  if (deltas.whole_groups && group < deltas.num_groups) both = reinterpret_cast<const Group*>(planes)[group];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const uint32_t nonzero = plane_bits(planes, 0, bit + 32 * half, num_groups);
-    const uint32_t negative = plane_bits(planes, 1, bit + 32 * half, num_groups);
+    const int shift = static_cast<int>(bit % kTernaryGroup) + 32 * half;  // whole groups: the lane's 8c
+    const uint32_t nonzero = deltas.whole_groups ? static_cast<uint32_t>(both.nonzero >> shift) & 0xff
+                                                 : plane_bits(planes, 0, bit + 32 * half, deltas.num_groups);
+    const uint32_t negative = deltas.whole_groups ? static_cast<uint32_t>(both.negative >> shift) & 0xff
+                                                  : plane_bits(planes, 1, bit + 32 * half, deltas.num_groups);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const uint32_t some = nonzero >> 2 * i, minus = negative >> 2 * i;
@@ -150,8 +162,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
     float products[kTiles][4] = {};
     multiply<T>(
         [&](int64_t first, uint32_t(&low)[8], uint32_t(&high)[8]) {
-          make_signs<T>(deltas.planes[e], row * x.num_columns + first, deltas.num_groups, low);
-          make_signs<T>(deltas.planes[e], (row + kRows / 2) * x.num_columns + first, deltas.num_groups, high);
+          make_signs<T>(deltas, e, row * x.num_columns + first, low);
+          make_signs<T>(deltas, e, (row + kRows / 2) * x.num_columns + first, high);
         },
         x, first_token, products);
 #pragma unroll
@@ -207,7 +219,7 @@ Tensor ternary_linear_cuda(Tensor x_in, Tensor weight_in, std::vector<Tensor> de
   MOE_CHECK(values.size() == delta_planes.size(), op, ": there must be as many coefficients as deltas");
   MOE_CHECK(count <= kMaxDeltas, op, ": deltas must be at most ", kMaxDeltas, " on a GPU, got ", count,
             "; use backend='triton'");
-  Deltas deltas{{}, {}, static_cast<int>(count), ceil_div(weight.numel(), kTernaryGroup)};
+  Deltas deltas{{}, {}, static_cast<int>(count), ceil_div(weight.numel(), kTernaryGroup), x.size(1) % kTernaryGroup == 0};
   for (size_t e = 0; e < delta_planes.size(); ++e) {
     const Tensor& planes = delta_planes[e];
     MOE_CHECK(planes.scalar_type() == ScalarType::Long && planes.is_contiguous() && planes.dim() == 2 &&
@@ -215,6 +227,7 @@ Tensor ternary_linear_cuda(Tensor x_in, Tensor weight_in, std::vector<Tensor> de
               op, ": the planes of ", weight.numel(), " elements must be int64 of shape [", deltas.num_groups, ", 2]");
     deltas.planes[e] = reinterpret_cast<const uint64_t*>(data<int64_t>(planes));
     deltas.values[e] = static_cast<float>(values[e]);
+    deltas.whole_groups = deltas.whole_groups && common_alignment(planes.const_data_ptr(), nullptr, 0) == 16;
   }
   std::optional<Tensor> ids, bias;
   if (ids_in) ids = torch::stable::contiguous(*ids_in);
