@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_kernels import bgmv, lora_expand, lora_shrink, prepare_routing, routed_lora, sgmv
-from moe_kernels.ops.routed_lora import native
+from moe_kernels.ops.routed_lora import autograd, native, reference
 from tests.ops.helpers import DTYPES, LOW_DTYPES, SLOW, check, check_exact, leaf, small_integers, strided
 
 GPU_KERNELS = ["triton-cpu", "triton-ptx", "triton-cuda"]
@@ -422,6 +422,7 @@ def test_registration(backend):
     starts, ranks = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([3, 2], dtype=torch.int32)
     x, base, v = torch.randn(2, 6), torch.randn(2, 7), torch.randn(2, 2, 3)
     for factor, table in ((torch.randn(2, 3, 6), (None, None)), (torch.randn(5, 6), (starts, ranks))):
+        torch.library.opcheck(native.lora_dropout, (x, 0.5, 3))
         torch.library.opcheck(native.lora_shrink, (x, factor, *table, ids, 3))
         num_rows = None if factor.dim() == 3 else 5
         torch.library.opcheck(native.lora_factor_grad, (v, x, *table, ids, 2, num_rows))
@@ -540,3 +541,72 @@ def test_sparse_compiles():
     for num_tokens in (5, 8):
         arguments = torch.randn(num_tokens, 20), torch.randint(-1, 3, (num_tokens,)), torch.randn(num_tokens, 9)
         assert torch.equal(compiled(*arguments), call(*arguments))
+
+
+@pytest.mark.on_gpus
+@pytest.mark.parametrize("seed", [0, 1, -3, 2**40 + 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_is_the_same_everywhere(backend, kernel_id, dtype, seed):
+    skip_slow(kernel_id, seed == 0, kernel_id == "triton-ptx" and seed != -3)
+    x = strided(torch.randn(5, 1101).to(dtype))
+    out = autograd.kernels(backend).lora_dropout(x, 0.3, seed)
+    assert torch.equal(out, reference.lora_dropout(x, 0.3, seed))
+    assert 0.25 < (out == 0).float().mean() < 0.35
+    # keyed by the place in x and the seed alone
+    assert torch.equal(autograd.kernels(backend).lora_dropout(x[:2, :9], 0.3, seed), out[:2, :9])
+    assert not torch.equal(autograd.kernels(backend).lora_dropout(x, 0.3, seed + 2**32) == 0, out == 0)
+
+
+def test_dropout_is_philox():
+    x, seed = torch.ones(3, 10), 2**33 + 7
+    block, token = torch.meshgrid(torch.arange(3), torch.arange(3), indexing="ij")
+    words = reference.philox((block, token, 0 * block, 0 * block), 7, 2)
+    kept = reference.lora_dropout(x, 0.5, seed) != 0
+    for i in range(10):
+        for t in range(3):
+            assert kept[t, i] == (words[i % 4][i // 4, t] >= 2**31)
+
+
+@pytest.mark.on_gpus
+@pytest.mark.parametrize("case", ["one launch", "activation", "rows a pair", "factor", "slices"])
+def test_dropout(backend, kernel_id, case):
+    ids, weights = pairs(11, 3, 2)
+    x, a, b = torch.randn(11, 20), torch.randn(3, 4, 20), torch.randn(3, 9, 4)
+    x = torch.randn(11, 2, 20) if case == "rows a pair" else x
+    more = {"activation": dict(activation="silu"), "factor": dict(combine="factor")}.get(case, {})
+
+    def op(x, a, b, w, base, backend):
+        factors = ([a, 2 * a], [b[:, :5], b[:, 5:]]) if case == "slices" else (a, b)
+        return routed_lora(x, *factors, ids, w, base=base, dropout=0.4, seed=11, **more, backend=backend)
+
+    tensors = [x, a, b, weights, torch.randn(11, 9)]
+    check(op, tensors, backend)
+    assert not torch.equal(op(*tensors, backend), routed_lora(x, a, b, ids, weights, base=tensors[4], backend=backend))
+
+
+@pytest.mark.on_gpus
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+def test_dropout_saves_its_seed_alone(backend, activation):
+    x, a, b = (leaf(torch.randn(*size)) for size in ((6, 20), (2, 3, 20), (2, 9, 3)))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = routed_lora(
+            x, a, b, torch.tensor([0, 1, -1, 0, 1, 1]), dropout=0.5, seed=3, activation=activation, backend=backend
+        )
+    assert out.requires_grad
+    like_x = [tensor.data_ptr() for tensor in saved if tensor.shape == x.shape]
+    assert like_x and set(like_x) == {x.data_ptr()}
+
+
+def test_dropout_with_bad_input():
+    x, a, b, ids = torch.randn(2, 6), torch.randn(3, 2, 6), torch.randn(3, 5, 2), torch.tensor([0, 1])
+    for bad in (1.0, -0.1):
+        with pytest.raises(ValueError, match=rf"routed_lora: dropout must be in \[0, 1\), got {bad}"):
+            routed_lora(x, a, b, ids, dropout=bad, seed=1)
+    with pytest.raises(ValueError, match="routed_lora: seed must be an int with a dropout, got None"):
+        routed_lora(x, a, b, ids, dropout=0.1)
+    sparse = torch.zeros(3, 1).int(), torch.zeros(3, 1).int(), torch.zeros(3, 1)
+    with pytest.raises(ValueError, match="routed_lora: dropout must be 0 with sparse"):
+        routed_lora(x, a, b, ids, dropout=0.1, seed=1, sparse=sparse)
+    plain = routed_lora(x, a, b, ids)
+    assert torch.equal(routed_lora(x, a, b, ids, dropout=0.0), plain)

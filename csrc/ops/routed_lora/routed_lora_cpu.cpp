@@ -6,10 +6,12 @@
 // adapters gathers its rows. A sum's order is that of its own token alone in all three, so there is nothing to choose.
 #include <torch/csrc/stable/library.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "common/kept_memory.h"
 #include "common/parallel.h"
+#include "common/philox.h"
 #include "microkernels/convert.h"
 #include "microkernels/table.h"
 #include "ops/routed_lora/routed_lora.h"
@@ -245,10 +247,40 @@ Tensor lora_factor_grad_cpu(const Tensor& v_in, const Tensor& x_in, const std::o
   return grad;
 }
 
+// out[t, i] = x[t, i] / (1 - p), or zero with probability p: where word i % 4 of Philox at (i / 4, t) under the seed is
+// below p * 2**32. The gradient is the same function of the output's gradient.
+Tensor lora_dropout_cpu(const Tensor& x_in, double p, int64_t seed) {
+  MOE_CHECK(x_in.dim() == 2 && x_in.size(0) < (int64_t{1} << 31), "lora_dropout: x must be of shape [num_tokens, in]");
+  MOE_CHECK(p >= 0 && p < 1, "lora_dropout: p must be in [0, 1), got ", p);
+  const Tensor x = with_contiguous_rows(x_in);
+  const int64_t num_tokens = x.size(0), length = x.size(1);
+  Tensor result = new_result(x, {num_tokens, length});
+  const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  const uint32_t below = static_cast<uint32_t>(std::floor(p * 0x1p32));
+  dispatch_float("lora_dropout", x.scalar_type(), [&]<class T>() {
+    using Acc = acc_t<T>;
+    const Acc scale = static_cast<Acc>(1 / (1 - p));
+    T* out = mutable_data<T>(result);
+    parallel_tasks(num_tokens, [&](int64_t t) {
+      Scratch scratch;
+      Acc* row = scratch.take<Acc>(length);
+      microkernels<T>().load_row(data<T>(x) + t * x.stride(0), row, length);
+      for (int64_t i = 0; i < length; i += 4) {
+        const std::array<uint32_t, 4> words =
+            philox({static_cast<uint32_t>(i / 4), static_cast<uint32_t>(t), 0, 0}, key0, key1);
+        for (int64_t j = 0; j < 4 && i + j < length; ++j) row[i + j] = words[j] < below ? Acc{0} : row[i + j] * scale;
+      }
+      microkernels<T>().store_row(row, nullptr, out + t * length, length);
+    });
+  });
+  return result;
+}
+
 }  // namespace
 }  // namespace moe
 
 STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
+  m.impl("lora_dropout", TORCH_BOX(&moe::lora_dropout_cpu));
   m.impl("lora_shrink", TORCH_BOX(&moe::lora_shrink_cpu));
   m.impl("lora_expand", TORCH_BOX(&moe::lora_expand_cpu));
   m.impl("lora_factor_grad", TORCH_BOX(&moe::lora_factor_grad_cpu));

@@ -41,6 +41,8 @@ def routed_lora(
     base_gate: Tensor | None = None,
     sparse: tuple[Tensor, Tensor, Tensor] | None = None,
     reduce: bool = True,
+    dropout: float = 0.0,
+    seed: int | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Adds each token's low-rank adapters, weighted, to its base output.
@@ -84,6 +86,11 @@ def routed_lora(
         sparse: rows and columns, int32 or int64 in [0, out) and [0, in), and values, dtype of ``x``, each
             [num_adapters, num_entries]; an entry named twice counts twice. Not with "factor", ``row_scale``, slices or
             ``reduce=False``. It is composed of PyTorch's indexing on every backend.
+        dropout: probability in [0, 1) with which an element of ``x`` is zero for the adapters, the others divided by
+            ``1 - dropout``; the base keeps its own. A row of ``x`` has one mask for all its adapters and slices, a
+            function of the seed and the element's place in ``x`` alone: every backend has the same, and backward makes
+            it again. Not with ``sparse``.
+        seed: any int; needed with a dropout. Another in each step and layer.
         backend: see :mod:`moe_kernels`.
 
     Returns:
@@ -103,7 +110,7 @@ def routed_lora(
         return _slices(
             x, lora_a, lora_b, adapter_ids, adapter_weights, base, reduce, row_scale, diagonal,
             scaling=scaling, ranks=ranks, rank_starts=rank_starts, max_rank=max_rank, combine=combine,
-            activation=activation, base_gate=base_gate, backend=backend,
+            activation=activation, base_gate=base_gate, dropout=dropout, seed=seed, backend=backend,
         )  # fmt: skip
     op = "routed_lora"
     check_tensor(op, "x", x)
@@ -138,8 +145,11 @@ def routed_lora(
     )  # fmt: skip
     if base_gate is not None:
         base = (base * base_gate[:, None]).to(x.dtype)
+    drop = _check_dropout(op, dropout, seed, sparse)
     backend = resolve(op, backend, x.device.type)
     if backend == "reference":
+        if drop is not None:
+            x = reference.lora_dropout(x.reshape(-1, x.shape[-1]), *drop).reshape(x.shape)
         pair_rows = x if x.dim() == 3 else x[:, None].expand(-1, top_k, -1)
         return reference.routed_lora(
             pair_rows, lora_a, lora_b, adapter_ids, adapter_weights, scaling,
@@ -149,12 +159,12 @@ def routed_lora(
     table = (rank_starts, ranks)
     plain = combine == "output" and activation == "identity" and diagonal is None and row_scale is None and reduce
     if backend == "triton" and plain and x.dim() == 2 and sparse is None:
-        return _fused(backend, x, lora_a, lora_b, table, adapter_ids, adapter_weights, scaling, base, max_rank)
+        return _fused(backend, x, lora_a, lora_b, table, adapter_ids, adapter_weights, scaling, base, max_rank, drop)
     if x.dim() == 3:
-        v = _shrink(backend, x.flatten(0, 1), lora_a, *table, adapter_ids.reshape(-1, 1), max_rank)
+        v = _shrink(backend, x.flatten(0, 1), lora_a, *table, adapter_ids.reshape(-1, 1), max_rank, drop)
         v = v.reshape(num_tokens, top_k, max_rank)
     else:
-        v = _shrink(backend, x, lora_a, *table, adapter_ids, max_rank)
+        v = _shrink(backend, x, lora_a, *table, adapter_ids, max_rank, drop)
     if sparse is not None:  # only now: lora_shrink has refused ids that name no adapter
         base = _add_sparse(x, adapter_ids, adapter_weights, rows, columns, values, base, out_features)
     if combine == "factor":
@@ -215,7 +225,7 @@ def lora_shrink(
     backend = resolve(op, backend, x.device.type)
     if backend == "reference":
         return reference.lora_shrink(x, lora_a, rank_starts, ranks, adapter_ids, max_rank)
-    return _shrink(backend, x, lora_a, rank_starts, ranks, adapter_ids, max_rank)
+    return _shrink(backend, x, lora_a, rank_starts, ranks, adapter_ids, max_rank, None)
 
 
 def lora_expand(
@@ -309,10 +319,11 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _shrink(backend: str, x: Tensor, factor: Tensor, *arguments) -> Tensor:
+def _shrink(backend: str, x, factor, rank_starts, ranks, adapter_ids, max_rank: int, dropout) -> Tensor:
+    arguments = (factor, rank_starts, ranks, adapter_ids, max_rank)
     if _needs_grad(x, factor):
-        return autograd.LoraShrink.apply(x, factor, *arguments, backend)
-    return autograd.kernels(backend).lora_shrink(x, factor, *arguments)
+        return autograd.LoraShrink.apply(x, *arguments, dropout, backend)
+    return autograd.kernels(backend).lora_shrink(autograd.dropped(backend, x, dropout), *arguments)
 
 
 def _expand(backend: str, v, factor, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base) -> Tensor:
@@ -322,11 +333,13 @@ def _expand(backend: str, v, factor, rank_starts, ranks, adapter_ids, adapter_we
     return autograd.kernels(backend).lora_expand(*arguments)
 
 
-def _fused(backend: str, x, lora_a, lora_b, table, adapter_ids, adapter_weights, scaling, base, max_rank) -> Tensor:
-    arguments = (x, lora_a, lora_b, *table, adapter_ids, adapter_weights, scaling, base, max_rank)
+def _fused(
+    backend: str, x, lora_a, lora_b, table, adapter_ids, adapter_weights, scaling, base, max_rank: int, dropout
+) -> Tensor:
+    arguments = (lora_a, lora_b, *table, adapter_ids, adapter_weights, scaling, base, max_rank)
     if _needs_grad(x, lora_a, lora_b, adapter_weights, scaling, base):
-        return autograd.RoutedLora.apply(*arguments, backend)
-    return autograd.kernels(backend).routed_lora(*arguments, False)[0]
+        return autograd.RoutedLora.apply(x, *arguments, dropout, backend)
+    return autograd.kernels(backend).routed_lora(autograd.dropped(backend, x, dropout), *arguments, False)[0]
 
 
 def _check_pairs(op: str, x: Tensor, adapter_ids: Tensor, adapter_weights: Tensor | None):
@@ -431,6 +444,18 @@ def _check_epilogue(
         raise shape_error(op, "row_scale", f"[num_adapters={num_adapters}, out={lora_b.shape[-1]}]", row_scale)
     if base_gate is not None and base_gate.shape != x.shape[:1]:
         raise shape_error(op, "base_gate", f"[num_tokens={x.shape[0]}]", base_gate)
+
+
+def _check_dropout(op: str, dropout: float, seed: int | None, sparse) -> tuple[float, int] | None:
+    if not 0 <= dropout < 1:
+        raise value_error(op, "dropout", "in [0, 1)", dropout)
+    if dropout == 0:
+        return None
+    if seed is None:
+        raise value_error(op, "seed", "an int with a dropout", None, "pass another in each step and layer")
+    if sparse is not None:
+        raise value_error(op, "dropout", "0 with sparse", dropout)
+    return float(dropout), seed
 
 
 def _check_sparse(op, combine, row_scale, reduce, rows, columns, values, x, num_adapters, out_features) -> None:

@@ -373,6 +373,26 @@ def _lora_factor_grad_kernel(
     tl.store(grad_ptrs, total.to(grad_ptr.dtype.element_ty), mask=r_inside[:, None] & c_inside[None, :])
 
 
+@triton.jit
+def _lora_dropout_kernel(
+    x_ptr,  # [num_tokens, length]
+    out_ptr,  # [num_tokens, length]
+    seed, length, x_stride, x_column_stride,
+    BELOW: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """out = x * SCALE, or zero where the element's random word is below BELOW. Four elements to a block of words."""
+    token = tl.program_id(0)
+    blocks = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    zeros = tl.zeros((BLOCKS,), tl.int32)
+    first, second, third, fourth = tl.philox(seed, blocks, zeros + token, zeros, zeros)
+    words = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (4 * BLOCKS,))
+    columns = tl.program_id(1) * 4 * BLOCKS + tl.arange(0, 4 * BLOCKS)
+    at = token.to(tl.int64) * x_stride + columns.to(tl.int64) * x_column_stride
+    x = tl.load(x_ptr + at, mask=columns < length, other=0).to(ACC) * tl.full((), SCALE, ACC)
+    out = tl.where(words < tl.full((), BELOW, tl.uint32), 0, x).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token.to(tl.int64) * length + columns, out, mask=columns < length)
+
+
 class _Plan(NamedTuple):
     """How a batch is cut; none of it changes a bit of a token."""
 
@@ -425,8 +445,8 @@ def _out_precision(dtype: torch.dtype) -> str:
 def _pairs(adapter_weights: Tensor | None, scaling: Tensor | None, like: Tensor) -> tuple[tuple, tuple, dict]:
     """Pointers, strides and flags of a pair's weights and an adapter's scaling."""
     pointers = (like if adapter_weights is None else adapter_weights, like if scaling is None else scaling)
-    strides = (0, 0, 0) if adapter_weights is None else (*adapter_weights.stride(), 0)
-    strides = (*strides[:2], 0 if scaling is None else scaling.stride(0))
+    strides = (0, 0) if adapter_weights is None else adapter_weights.stride()
+    strides = (*strides, 0 if scaling is None else scaling.stride(0))
     return pointers, strides, dict(HAS_WEIGHTS=adapter_weights is not None, HAS_SCALING=scaling is not None)
 
 
@@ -558,10 +578,22 @@ def _lora_factor_grad(
     return grad
 
 
+def _lora_dropout(x: Tensor, p: float, seed: int) -> Tensor:
+    out = x.new_empty(x.shape)
+    if out.numel() > 0:
+        blocks = power_of_2(triton.cdiv(x.shape[1], 4), 1, 256)
+        with torch.cuda.device_of(x):
+            _lora_dropout_kernel[(x.shape[0], triton.cdiv(x.shape[1], 4 * blocks))](
+                x, out, seed, x.shape[1], *x.stride(), int(p * 2**32), 1 / (1 - p), acc_dtype(x), blocks
+            )
+    return out
+
+
 def _new_products(x: Tensor, num_tokens: int, top_k: int, max_rank: int) -> Tensor:
     return x.new_empty((num_tokens, top_k, max_rank), dtype=accumulator(x.dtype))
 
 
+lora_dropout = opaque("lora_dropout", _lora_dropout)
 routed_lora = opaque("routed_lora", _routed_lora)
 lora_shrink = opaque("lora_shrink", _lora_shrink)
 lora_expand = opaque("lora_expand", _lora_expand)
