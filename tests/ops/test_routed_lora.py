@@ -422,7 +422,7 @@ def test_registration(backend):
     starts, ranks = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([3, 2], dtype=torch.int32)
     x, base, v = torch.randn(2, 6), torch.randn(2, 7), torch.randn(2, 2, 3)
     for factor, table in ((torch.randn(2, 3, 6), (None, None)), (torch.randn(5, 6), (starts, ranks))):
-        torch.library.opcheck(native.lora_dropout, (x, 0.5, 3))
+        torch.library.opcheck(native.lora_dropout, (x, 0.5, torch.tensor(3)))
         torch.library.opcheck(native.lora_shrink, (x, factor, *table, ids, 3))
         num_rows = None if factor.dim() == 3 else 5
         torch.library.opcheck(native.lora_factor_grad, (v, x, *table, ids, 2, num_rows))
@@ -543,45 +543,111 @@ def test_sparse_compiles():
         assert torch.equal(compiled(*arguments), call(*arguments))
 
 
+# no element dropped although the rate is not 0; some; nearly all
+RATES = [2.0**-40, 0.3, 1 - 2.0**-24]
+
+
 @pytest.mark.on_gpus
+@pytest.mark.parametrize("rate", RATES)
 @pytest.mark.parametrize("seed", [0, 1, -3, 2**40 + 5])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dropout_is_the_same_everywhere(backend, kernel_id, dtype, seed):
-    skip_slow(kernel_id, seed == 0, kernel_id == "triton-ptx" and seed != -3)
-    x = strided(torch.randn(5, 1101).to(dtype))
-    out = autograd.kernels(backend).lora_dropout(x, 0.3, seed)
-    assert torch.equal(out, reference.lora_dropout(x, 0.3, seed))
-    assert 0.25 < (out == 0).float().mean() < 0.35
+def test_dropout_is_the_same_everywhere(backend, kernel_id, dtype, seed, rate):
+    skip_slow(kernel_id, seed == 0, rate != 0.3 and seed != -3, kernel_id == "triton-ptx" and seed != -3)
+    x = torch.randn(5, 1101).to(dtype)
+    x[0, :4] = torch.tensor([torch.inf, -torch.inf, -0.0, torch.nan])
+    x[0, 4:8] = torch.finfo(dtype).smallest_normal / torch.tensor([1, -2, 4, -8])
+    x = strided(x)
+
+    def drop(x, seed):
+        return autograd.kernels(backend).lora_dropout(x, rate, torch.tensor(seed))
+
+    out, bits = drop(x, seed), {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    expected = reference.lora_dropout(x, rate, torch.tensor(seed))
+    assert torch.equal(out.view(bits), expected.contiguous().view(bits))
+    assert abs((out[1:] == 0).double().mean() - rate) < 0.05
     # keyed by the place in x and the seed alone
-    assert torch.equal(autograd.kernels(backend).lora_dropout(x[:2, :9], 0.3, seed), out[:2, :9])
-    assert not torch.equal(autograd.kernels(backend).lora_dropout(x, 0.3, seed + 2**32) == 0, out == 0)
+    assert torch.equal(drop(x[1:2, :9], seed), drop(x[1:], seed)[:1, :9])
+    if rate == 0.3:
+        assert not torch.equal(drop(x, seed + 2**32) == 0, out == 0)
 
 
 def test_dropout_is_philox():
-    x, seed = torch.ones(3, 10), 2**33 + 7
+    x, seed = torch.ones(3, 10), torch.tensor(2**33 + 7)
     block, token = torch.meshgrid(torch.arange(3), torch.arange(3), indexing="ij")
-    words = reference.philox((block, token, 0 * block, 0 * block), 7, 2)
+    words = reference.philox((block, 0 * block, token, 0 * block), 7, 2)
     kept = reference.lora_dropout(x, 0.5, seed) != 0
     for i in range(10):
         for t in range(3):
             assert kept[t, i] == (words[i % 4][i // 4, t] >= 2**31)
 
 
+DROPOUT_CASES = {
+    "one launch": {},
+    "activation": dict(activation="silu"),
+    "rows a pair": {},
+    "factor": dict(combine="factor"),
+    "slices": {},
+}
+
+
 @pytest.mark.on_gpus
-@pytest.mark.parametrize("case", ["one launch", "activation", "rows a pair", "factor", "slices"])
-def test_dropout(backend, kernel_id, case):
+@pytest.mark.parametrize("case", DROPOUT_CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout(backend, kernel_id, dtype, case):
+    skip_slow(kernel_id, dtype not in (torch.float32, torch.bfloat16), dtype != torch.float32 and case != "one launch")
     ids, weights = pairs(11, 3, 2)
-    x, a, b = torch.randn(11, 20), torch.randn(3, 4, 20), torch.randn(3, 9, 4)
-    x = torch.randn(11, 2, 20) if case == "rows a pair" else x
-    more = {"activation": dict(activation="silu"), "factor": dict(combine="factor")}.get(case, {})
+    a, b = torch.randn(3, 4, 20).to(dtype), torch.randn(3, 9, 4).to(dtype)
+    x = torch.randn(*((11, 2, 20) if case == "rows a pair" else (11, 20))).to(dtype)
 
-    def op(x, a, b, w, base, backend):
+    def op(x, a, b, w, base, backend, **dropout):
         factors = ([a, 2 * a], [b[:, :5], b[:, 5:]]) if case == "slices" else (a, b)
-        return routed_lora(x, *factors, ids, w, base=base, dropout=0.4, seed=11, **more, backend=backend)
+        return routed_lora(x, *factors, ids, w, base=base, **dropout, **DROPOUT_CASES[case], backend=backend)
 
-    tensors = [x, a, b, weights, torch.randn(11, 9)]
-    check(op, tensors, backend)
-    assert not torch.equal(op(*tensors, backend), routed_lora(x, a, b, ids, weights, base=tensors[4], backend=backend))
+    tensors = [x, a, b, weights, torch.randn(11, 9).to(dtype)]
+    check(lambda *tensors, backend: op(*tensors, backend, dropout=0.4, seed=11), tensors, backend)
+    out = op(*tensors, backend, dropout=0.4, seed=11)
+    assert torch.equal(out, op(*tensors, backend, dropout=0.4, seed=torch.tensor(11)))
+    assert torch.equal(out, op(*tensors, backend, dropout=0.4, seed=11))
+    assert not torch.equal(out, op(*tensors, backend, dropout=0.4, seed=12))
+    assert not torch.equal(out, op(*tensors, backend))
+    assert torch.equal(op(*tensors, backend, dropout=0.0, seed=11), op(*tensors, backend))
+
+
+@pytest.mark.on_gpus
+def test_dropout_of_a_token_alone_and_among_others(backend, threads):
+    ids, weights = pairs(70, 5, 2)
+    x, a, b = torch.randn(70, 300), torch.randn(5, 16, 300), torch.randn(5, 130, 16)
+    together = routed_lora(x, a, b, ids, weights, dropout=0.5, seed=3, backend=backend)
+    for num_tokens in (1, 33, 69):
+        some = routed_lora(
+            x[:num_tokens], a, b, ids[:num_tokens], weights[:num_tokens], dropout=0.5, seed=3, backend=backend
+        )
+        assert torch.equal(some, together[:num_tokens])
+
+
+def test_dropout_does_not_depend_on_the_number_of_threads(backend):
+    ids, _ = pairs(300, 3, 2)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        leaves = [leaf(tensor) for tensor in (torch.ones(300, 600), torch.ones(3, 5, 600), torch.ones(3, 530, 5))]
+        out = routed_lora(*leaves, ids, dropout=0.5, seed=3, backend=backend)
+        out.square().sum().backward()
+        results.append([out, *(tensor.grad for tensor in leaves)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+def test_dropout_gradcheck(backend, activation):
+    ids = torch.tensor([[0, -1], [2, 0], [1, 2], [-1, -1]])
+    tensors = torch.randn(4, 9), torch.randn(3, 2, 9), torch.randn(3, 5, 2), torch.randn(4, 2), torch.randn(4, 5)
+    inputs = [tensor.double().requires_grad_() for tensor in tensors]
+    assert torch.autograd.gradcheck(
+        lambda x, a, b, w, base: routed_lora(
+            x, a, b, ids, w, base=base, dropout=0.5, seed=5, activation=activation, backend=backend
+        ),
+        inputs,
+    )
 
 
 @pytest.mark.on_gpus
@@ -598,15 +664,53 @@ def test_dropout_saves_its_seed_alone(backend, activation):
     assert like_x and set(like_x) == {x.data_ptr()}
 
 
+@pytest.mark.on_gpus
+def test_dropout_compiles(backend):
+    a, b = torch.randn(3, 2, 6, requires_grad=True), torch.randn(3, 5, 2, requires_grad=True)
+
+    def op(x, ids, seed):
+        return routed_lora(x, a, b, ids, dropout=0.5, seed=seed, backend=backend)
+
+    compiled = torch.compile(op, fullgraph=True, dynamic=True)
+    for num_tokens, seed in ((3, 5), (7, 2**40), (7, torch.tensor(2)), (3, torch.tensor(-9))):
+        inputs = torch.randn(num_tokens, 6, requires_grad=True), torch.randint(-1, 3, (num_tokens, 2)), seed
+        out, expected = compiled(*inputs), op(*inputs)
+        assert torch.equal(out, expected)
+        leaves = (inputs[0], a, b)
+        grads, eager = (torch.autograd.grad(result.sum(), leaves) for result in (out, expected))
+        assert all(torch.equal(*pair) for pair in zip(grads, eager, strict=True))
+
+
+@pytest.mark.on_gpus
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+def test_dropout_of_nearly_everything(backend, activation):
+    """The few that are left count 64 times, down to the least of float16."""
+    x, a, b = (
+        torch.ones(1, 300).half(),
+        torch.full((1, 1, 300), 2.0**-20).half(),
+        torch.full((1, 5, 1), 2.0**-10).half(),
+    )
+    x, rate, ids = x.requires_grad_(), 1 - 2.0**-6, torch.tensor([0])
+    out = routed_lora(x, a, b, ids, scaling=1.0, dropout=rate, seed=8, activation=activation, backend=backend)
+    count = int((reference.lora_dropout(x, rate, torch.tensor(8)) != 0).sum())
+    assert 0 < count < 20 and torch.equal(out, torch.full((1, 5), count * 2.0**-24).half())
+    grad = torch.autograd.grad(out.sum(), x)[0]
+    assert torch.equal(grad != 0, reference.lora_dropout(x, rate, torch.tensor(8)) != 0)
+
+
 def test_dropout_with_bad_input():
     x, a, b, ids = torch.randn(2, 6), torch.randn(3, 2, 6), torch.randn(3, 5, 2), torch.tensor([0, 1])
-    for bad in (1.0, -0.1):
-        with pytest.raises(ValueError, match=rf"routed_lora: dropout must be in \[0, 1\), got {bad}"):
-            routed_lora(x, a, b, ids, dropout=bad, seed=1)
-    with pytest.raises(ValueError, match="routed_lora: seed must be an int with a dropout, got None"):
-        routed_lora(x, a, b, ids, dropout=0.1)
     sparse = torch.zeros(3, 1).int(), torch.zeros(3, 1).int(), torch.zeros(3, 1)
-    with pytest.raises(ValueError, match="routed_lora: dropout must be 0 with sparse"):
-        routed_lora(x, a, b, ids, dropout=0.1, seed=1, sparse=sparse)
-    plain = routed_lora(x, a, b, ids)
-    assert torch.equal(routed_lora(x, a, b, ids, dropout=0.0), plain)
+    bad = [
+        (ValueError, r"dropout must be in \[0, 1\), got 1.0", dict(dropout=1.0, seed=1)),
+        (ValueError, r"dropout must be in \[0, 1\), got -0.1", dict(dropout=-0.1, seed=1)),
+        (ValueError, r"dropout must be in \[0, 1\), got nan", dict(dropout=float("nan"), seed=1)),
+        (ValueError, "dropout must be 0 with sparse", dict(dropout=0.1, seed=1, sparse=sparse)),
+        (ValueError, "seed must be given with a dropout, got None", dict(dropout=0.1)),
+        (ValueError, r"seed must be in \[-2\*\*63, 2\*\*63\), got 9223372036854775808", dict(dropout=0.1, seed=2**63)),
+        (ValueError, r"seed must be of shape \[\], got", dict(dropout=0.1, seed=torch.tensor([1]))),
+        (TypeError, "seed must be torch.int64, got torch.int32", dict(dropout=0.1, seed=torch.tensor(1).int())),
+    ]
+    for error, message, arguments in bad:
+        with pytest.raises(error, match=f"routed_lora: {message}"):
+            routed_lora(x, a, b, ids, **arguments)

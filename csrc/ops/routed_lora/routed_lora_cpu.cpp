@@ -6,12 +6,10 @@
 // adapters gathers its rows. A sum's order is that of its own token alone in all three, so there is nothing to choose.
 #include <torch/csrc/stable/library.h>
 
-#include <cmath>
 #include <cstring>
 
 #include "common/kept_memory.h"
 #include "common/parallel.h"
-#include "common/philox.h"
 #include "microkernels/convert.h"
 #include "microkernels/table.h"
 #include "ops/routed_lora/routed_lora.h"
@@ -247,30 +245,21 @@ Tensor lora_factor_grad_cpu(const Tensor& v_in, const Tensor& x_in, const std::o
   return grad;
 }
 
-// out[t, i] = x[t, i] / (1 - p), or zero with probability p: where word i % 4 of Philox at (i / 4, t) under the seed is
-// below p * 2**32. The gradient is the same function of the output's gradient.
-Tensor lora_dropout_cpu(const Tensor& x_in, double p, int64_t seed) {
-  MOE_CHECK(x_in.dim() == 2 && x_in.size(0) < (int64_t{1} << 31), "lora_dropout: x must be of shape [num_tokens, in]");
+// out[t, i] = x[t, i], or zero with probability p: a function of the seed and of the place (t, i)
+Tensor lora_dropout_cpu(const Tensor& x_in, double p, const Tensor& seed) {
+  MOE_CHECK(x_in.dim() == 2, "lora_dropout: x must be of shape [num_tokens, in]");
+  MOE_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "lora_dropout: seed must be one int64");
   MOE_CHECK(p >= 0 && p < 1, "lora_dropout: p must be in [0, 1), got ", p);
   const Tensor x = with_contiguous_rows(x_in);
   const int64_t num_tokens = x.size(0), length = x.size(1);
   Tensor result = new_result(x, {num_tokens, length});
-  const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
-  const uint32_t below = static_cast<uint32_t>(std::floor(p * 0x1p32));
+  const uint64_t key = static_cast<uint64_t>(*data<int64_t>(seed));
+  const uint32_t below = static_cast<uint32_t>(p * 0x1p32);
   dispatch_float("lora_dropout", x.scalar_type(), [&]<class T>() {
-    using Acc = acc_t<T>;
-    const Acc scale = static_cast<Acc>(1 / (1 - p));
     T* out = mutable_data<T>(result);
-    parallel_tasks(num_tokens, [&](int64_t t) {
-      Scratch scratch;
-      Acc* row = scratch.take<Acc>(length);
-      microkernels<T>().load_row(data<T>(x) + t * x.stride(0), row, length);
-      for (int64_t i = 0; i < length; i += 4) {
-        const std::array<uint32_t, 4> words =
-            philox({static_cast<uint32_t>(i / 4), static_cast<uint32_t>(t), 0, 0}, key0, key1);
-        for (int64_t j = 0; j < 4 && i + j < length; ++j) row[i + j] = words[j] < below ? Acc{0} : row[i + j] * scale;
-      }
-      microkernels<T>().store_row(row, nullptr, out + t * length, length);
+    parallel_ranges(num_tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        microkernels<T>().dropout(data<T>(x) + t * x.stride(0), key, static_cast<uint64_t>(t), below, out + t * length, length);
     });
   });
   return result;

@@ -42,7 +42,7 @@ def routed_lora(
     sparse: tuple[Tensor, Tensor, Tensor] | None = None,
     reduce: bool = True,
     dropout: float = 0.0,
-    seed: int | None = None,
+    seed: int | Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Adds each token's low-rank adapters, weighted, to its base output.
@@ -86,11 +86,13 @@ def routed_lora(
         sparse: rows and columns, int32 or int64 in [0, out) and [0, in), and values, dtype of ``x``, each
             [num_adapters, num_entries]; an entry named twice counts twice. Not with "factor", ``row_scale``, slices or
             ``reduce=False``. It is composed of PyTorch's indexing on every backend.
-        dropout: probability in [0, 1) with which an element of ``x`` is zero for the adapters, the others divided by
-            ``1 - dropout``; the base keeps its own. A row of ``x`` has one mask for all its adapters and slices, a
-            function of the seed and the element's place in ``x`` alone: every backend has the same, and backward makes
-            it again. Not with ``sparse``.
-        seed: any int; needed with a dropout. Another in each step and layer.
+        dropout: probability in [0, 1) with which an element of ``x`` is zero for the adapters; the others are divided
+            by ``1 - dropout``, as ``torch.nn.functional.dropout`` does, but in the sums' precision. The base is the
+            caller's. A row of ``x`` has one mask for all its adapters and slices, a function of the seed and the
+            element's place in ``x`` alone (Philox4x32-10, Salmon et al., SC 2011): every backend has the same, and
+            backward makes it again from the seed instead of saving it. Not with ``sparse``.
+        seed: needed with a dropout, another in each step and layer: an int in [-2**63, 2**63), or a tensor [] of int64
+            on the device of ``x``, which a captured CUDA graph reads anew.
         backend: see :mod:`moe_kernels`.
 
     Returns:
@@ -145,11 +147,11 @@ def routed_lora(
     )  # fmt: skip
     if base_gate is not None:
         base = (base * base_gate[:, None]).to(x.dtype)
-    drop = _check_dropout(op, dropout, seed, sparse)
+    seed = _check_dropout(op, dropout, seed, sparse, x)
     backend = resolve(op, backend, x.device.type)
     if backend == "reference":
-        if drop is not None:
-            x = reference.lora_dropout(x.reshape(-1, x.shape[-1]), *drop).reshape(x.shape)
+        if seed is not None:
+            x = reference.lora_dropout(x.flatten(0, -2), dropout, seed).reshape(x.shape) / (1 - dropout)
         pair_rows = x if x.dim() == 3 else x[:, None].expand(-1, top_k, -1)
         return reference.routed_lora(
             pair_rows, lora_a, lora_b, adapter_ids, adapter_weights, scaling,
@@ -159,12 +161,17 @@ def routed_lora(
     table = (rank_starts, ranks)
     plain = combine == "output" and activation == "identity" and diagonal is None and row_scale is None and reduce
     if backend == "triton" and plain and x.dim() == 2 and sparse is None:
-        return _fused(backend, x, lora_a, lora_b, table, adapter_ids, adapter_weights, scaling, base, max_rank, drop)
-    if x.dim() == 3:
-        v = _shrink(backend, x.flatten(0, 1), lora_a, *table, adapter_ids.reshape(-1, 1), max_rank, drop)
-        v = v.reshape(num_tokens, top_k, max_rank)
-    else:
-        v = _shrink(backend, x, lora_a, *table, adapter_ids, max_rank, drop)
+        if seed is not None:  # what the kept elements are divided by
+            scaling = 1.0 if scaling is None else scaling.to(native.accumulator(x.dtype))
+            scaling = _check_scaling(op, scaling / (1 - dropout), num_adapters, x)
+        return _fused(
+            backend, x, lora_a, lora_b, *table, adapter_ids, adapter_weights, scaling, base, max_rank, dropout, seed
+        )
+    ids_of_rows = adapter_ids if x.dim() == 2 else adapter_ids.reshape(-1, 1)
+    v = _shrink(backend, x.flatten(0, -2), lora_a, *table, ids_of_rows, max_rank, dropout, seed)
+    v = v.reshape(num_tokens, top_k, max_rank)
+    if seed is not None:
+        v = v / (1 - dropout)
     if sparse is not None:  # only now: lora_shrink has refused ids that name no adapter
         base = _add_sparse(x, adapter_ids, adapter_weights, rows, columns, values, base, out_features)
     if combine == "factor":
@@ -225,7 +232,7 @@ def lora_shrink(
     backend = resolve(op, backend, x.device.type)
     if backend == "reference":
         return reference.lora_shrink(x, lora_a, rank_starts, ranks, adapter_ids, max_rank)
-    return _shrink(backend, x, lora_a, rank_starts, ranks, adapter_ids, max_rank, None)
+    return _shrink(backend, x, lora_a, rank_starts, ranks, adapter_ids, max_rank, 0.0, None)
 
 
 def lora_expand(
@@ -319,11 +326,11 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _shrink(backend: str, x, factor, rank_starts, ranks, adapter_ids, max_rank: int, dropout) -> Tensor:
+def _shrink(backend: str, x, factor, rank_starts, ranks, adapter_ids, max_rank: int, dropout: float, seed) -> Tensor:
     arguments = (factor, rank_starts, ranks, adapter_ids, max_rank)
     if _needs_grad(x, factor):
-        return autograd.LoraShrink.apply(x, *arguments, dropout, backend)
-    return autograd.kernels(backend).lora_shrink(autograd.dropped(backend, x, dropout), *arguments)
+        return autograd.LoraShrink.apply(x, *arguments, dropout, seed, backend)
+    return autograd.kernels(backend).lora_shrink(autograd.dropped(backend, x, dropout, seed), *arguments)
 
 
 def _expand(backend: str, v, factor, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base) -> Tensor:
@@ -334,12 +341,13 @@ def _expand(backend: str, v, factor, rank_starts, ranks, adapter_ids, adapter_we
 
 
 def _fused(
-    backend: str, x, lora_a, lora_b, table, adapter_ids, adapter_weights, scaling, base, max_rank: int, dropout
-) -> Tensor:
-    arguments = (lora_a, lora_b, *table, adapter_ids, adapter_weights, scaling, base, max_rank)
+    backend: str, x, lora_a, lora_b, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base, max_rank: int,
+    dropout: float, seed,
+) -> Tensor:  # fmt: skip
+    arguments = (lora_a, lora_b, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base, max_rank)
     if _needs_grad(x, lora_a, lora_b, adapter_weights, scaling, base):
-        return autograd.RoutedLora.apply(x, *arguments, dropout, backend)
-    return autograd.kernels(backend).routed_lora(autograd.dropped(backend, x, dropout), *arguments, False)[0]
+        return autograd.RoutedLora.apply(x, *arguments, dropout, seed, backend)
+    return autograd.kernels(backend).routed_lora(autograd.dropped(backend, x, dropout, seed), *arguments, False)[0]
 
 
 def _check_pairs(op: str, x: Tensor, adapter_ids: Tensor, adapter_weights: Tensor | None):
@@ -446,16 +454,26 @@ def _check_epilogue(
         raise shape_error(op, "base_gate", f"[num_tokens={x.shape[0]}]", base_gate)
 
 
-def _check_dropout(op: str, dropout: float, seed: int | None, sparse) -> tuple[float, int] | None:
+def _check_dropout(op: str, dropout: float, seed: int | Tensor | None, sparse, x: Tensor) -> Tensor | None:
+    """The seed as a tensor beside x; None without a dropout."""
     if not 0 <= dropout < 1:
         raise value_error(op, "dropout", "in [0, 1)", dropout)
     if dropout == 0:
         return None
-    if seed is None:
-        raise value_error(op, "seed", "an int with a dropout", None, "pass another in each step and layer")
     if sparse is not None:
         raise value_error(op, "dropout", "0 with sparse", dropout)
-    return float(dropout), seed
+    if seed is None:
+        raise value_error(op, "seed", "given with a dropout", None, "pass another in each step and layer")
+    if not isinstance(seed, Tensor):
+        if not -(2**63) <= seed < 2**63:
+            raise value_error(op, "seed", "in [-2**63, 2**63)", seed)
+        return torch.full((), seed, dtype=torch.int64, device=x.device)
+    if seed.dim() != 0:
+        raise shape_error(op, "seed", "[]", seed)
+    if seed.dtype != torch.int64:
+        raise dtype_error(op, "seed", torch.int64, seed)
+    check_same_device(op, x=x, seed=seed)
+    return seed
 
 
 def _check_sparse(op, combine, row_scale, reduce, rows, columns, values, x, num_adapters, out_features) -> None:

@@ -17,7 +17,7 @@ torch.library.define(
     "(Tensor v, Tensor x, Tensor? rank_starts, Tensor? ranks, Tensor adapter_ids, SymInt num_adapters, "
     "SymInt? num_rows) -> Tensor",
 )
-torch.library.define("moe_kernels::lora_dropout", "(Tensor x, float p, SymInt seed) -> Tensor")
+torch.library.define("moe_kernels::lora_dropout", "(Tensor x, float p, Tensor seed) -> Tensor")
 # both halves in one launch, on a GPU. v, the product with A, is of rank 0 where it is not saved
 torch.library.define(
     "moe_kernels::routed_lora",
@@ -37,7 +37,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.register_fake("moe_kernels::lora_dropout")
-def _(x: Tensor, p: float, seed: int):
+def _(x: Tensor, p: float, seed: Tensor):
     return x.new_empty(x.shape)
 
 

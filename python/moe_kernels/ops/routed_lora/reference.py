@@ -46,15 +46,15 @@ def gather_rows(factor: Tensor, rank_starts: Tensor | None, adapter_ids: Tensor,
     return torch.where(mask.reshape(*mask.shape, *[1] * (rows.dim() - mask.dim())), rows, 0)
 
 
-def lora_dropout(x: Tensor, p: float, seed: int) -> Tensor:
-    """``x / (1 - p)``, or zero where word i % 4 of Philox4x32-10 at (i // 4, t) under the seed is below p * 2**32."""
+def lora_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """x, or zero where word i % 4 of Philox4x32-10 at (i // 4, t), of 64 bits each, is less than p * 2**32."""
     num_tokens, length = x.shape
     block = torch.arange(-(-length // 4), device=x.device).expand(num_tokens, -1)
     token = torch.arange(num_tokens, device=x.device)[:, None].expand_as(block)
-    nothing, low = torch.zeros_like(block), 0xFFFFFFFF
-    words = torch.stack(philox((block, token, nothing, nothing), seed & low, seed >> 32 & low), 2).flatten(1)
-    scaled = x.to(_accumulator(x.dtype)) * (1 / (1 - p))
-    return torch.where(words[:, :length] < int(p * 2**32), 0, scaled).to(x.dtype)
+    low = 0xFFFFFFFF
+    counter = (block & low, block >> 32, token & low, token >> 32)
+    words = torch.stack(philox(counter, seed & low, seed >> 32 & low), 2).flatten(1)
+    return torch.where(words[:, :length] < int(p * 2**32), 0, x)
 
 
 def lora_shrink(

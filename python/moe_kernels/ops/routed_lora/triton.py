@@ -16,12 +16,14 @@ from torch import Tensor
 from moe_kernels._opaque import opaque
 from moe_kernels.ops.grouped_gemm.tiles import power_of_2
 from moe_kernels.ops.grouped_gemm.triton import acc_dtype, chunk_of, dot_precision, multiply
+from moe_kernels.ops.merge.triton import random_bits
 from moe_kernels.ops.routed_lora.native import accumulator
 
 RANKS = 16  # rows of a factor at a time: the least that tensor cores take
 MAX_ON_CHIP = 64  # steps of RANKS rows that a token's slots may have in one launch: 128 registers of a thread
 MAX_GROUPS = 64
 GRAD_TOKENS, GRAD_COLUMNS = 32, 64  # that a program of a factor's gradient adds at a time
+DROPOUT_COLUMNS = 512  # of a program: 4 a thread
 _PAST = tl.constexpr(0x7FFFFFFF)  # behind every adapter
 
 
@@ -376,21 +378,18 @@ def _lora_factor_grad_kernel(
 @triton.jit
 def _lora_dropout_kernel(
     x_ptr,  # [num_tokens, length]
+    seed_ptr,
     out_ptr,  # [num_tokens, length]
-    seed, length, x_stride, x_column_stride,
-    BELOW: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr, BLOCKS: tl.constexpr,
+    length, x_stride, x_column_stride,
+    BELOW: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out = x * SCALE, or zero where the element's random word is below BELOW. Four elements to a block of words."""
-    token = tl.program_id(0)
-    blocks = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
-    zeros = tl.zeros((BLOCKS,), tl.int32)
-    first, second, third, fourth = tl.philox(seed, blocks, zeros + token, zeros, zeros)
-    words = tl.reshape(tl.join(tl.join(first, third), tl.join(second, fourth)), (4 * BLOCKS,))
-    columns = tl.program_id(1) * 4 * BLOCKS + tl.arange(0, 4 * BLOCKS)
-    at = token.to(tl.int64) * x_stride + columns.to(tl.int64) * x_column_stride
-    x = tl.load(x_ptr + at, mask=columns < length, other=0).to(ACC) * tl.full((), SCALE, ACC)
-    out = tl.where(words < tl.full((), BELOW, tl.uint32), 0, x).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + token.to(tl.int64) * length + columns, out, mask=columns < length)
+    """out = x, or zero where the element's random word is less than BELOW."""
+    token, first = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64) * COLUMNS
+    words = random_bits(tl.load(seed_ptr), token, first, COLUMNS)
+    columns = first + tl.arange(0, COLUMNS)
+    x = tl.load(x_ptr + token * x_stride + columns * x_column_stride, mask=columns < length)
+    out = tl.where(words < tl.full((), BELOW, tl.uint32), 0, x)
+    tl.store(out_ptr + token * length + columns, out, mask=columns < length)
 
 
 class _Plan(NamedTuple):
@@ -578,13 +577,13 @@ def _lora_factor_grad(
     return grad
 
 
-def _lora_dropout(x: Tensor, p: float, seed: int) -> Tensor:
+def _lora_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     out = x.new_empty(x.shape)
     if out.numel() > 0:
-        blocks = power_of_2(triton.cdiv(x.shape[1], 4), 1, 256)
+        columns = power_of_2(x.shape[1], 4, DROPOUT_COLUMNS)
         with torch.cuda.device_of(x):
-            _lora_dropout_kernel[(x.shape[0], triton.cdiv(x.shape[1], 4 * blocks))](
-                x, out, seed, x.shape[1], *x.stride(), int(p * 2**32), 1 / (1 - p), acc_dtype(x), blocks
+            _lora_dropout_kernel[(x.shape[0], triton.cdiv(x.shape[1], columns))](
+                x, seed, out, x.shape[1], *x.stride(), int(p * 2**32), columns
             )
     return out
 
