@@ -142,6 +142,7 @@ TRITON_KERNELS = {
     "routed_lora, many tokens": {"_routed_lora_kernel": 4},
     "lora halves": {"_lora_shrink_kernel": 1, "_lora_expand_kernel": 2},
     "lora_factor_grad": {"_lora_factor_grad_kernel": 2},
+    "lora_dropout": {"_lora_dropout_kernel": 1},
 }
 
 
@@ -151,6 +152,7 @@ def _triton_launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     from moe_kernels.ops.merge import triton as merge
     from moe_kernels.ops.permute import triton as permute
     from moe_kernels.ops.route import triton as route
+    from moe_kernels.ops.routed_lora import triton as routed_lora
     from moe_kernels.ops.task_vector import triton as task_vector
     from moe_kernels.ops.task_vector import unpack_triton
     from moe_kernels.ops.ternary_linear import triton as ternary_linear
@@ -193,6 +195,7 @@ def _triton_launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "routed_lora, many tokens": lambda: _routed_lora(1024, 1, dtype),
         "lora halves": lambda: _lora_halves(dtype),
         "lora_factor_grad": lambda: _lora_factor_grad(dtype),
+        "lora_dropout": lambda: routed_lora.lora_dropout(x, 0.1, torch.tensor(1)),
     }  # fmt: skip
 
 

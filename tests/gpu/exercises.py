@@ -236,6 +236,18 @@ def exercise_lora_halves(backend: str) -> None:
     check_exact(op, tensors, backend)
 
 
+def exercise_lora_dropout(backend: str) -> None:
+    """Rows of several blocks, of which half is dropped: twice an integer is left."""
+    ids = _adapter_ids(7, 3, 1)
+    tensors = [_integers(7, 1101), _integers(3, 4, 1101), _integers(3, 30, 4)]
+    for seed in (-3, 2**40 + 5):
+        check_exact(
+            lambda x, a, b, backend, seed=seed: routed_lora(x, a, b, ids, dropout=0.5, seed=seed, backend=backend),
+            tensors,
+            backend,
+        )
+
+
 #: rooms that have Triton kernels alone
 TRITON_EXERCISES = {
     "grouped_gemm": exercise_grouped_gemm,
@@ -245,6 +257,7 @@ TRITON_EXERCISES = {
     "unpack": exercise_unpack,
     "routed_lora": exercise_routed_lora,
     "lora halves": exercise_lora_halves,
+    "lora dropout": exercise_lora_dropout,
 }
 EXERCISES: dict[str, Callable[[str], None]] = {
     "one tile": lambda backend: exercise_plan(backend, 500, 9, 4),

@@ -37,7 +37,11 @@ ROOMS = {
 }
 
 #: exercise -> room and file, where they are not the exercise's own room and triton.py
-FILES = {"unpack": ("task_vector", "unpack_triton"), "lora halves": ("routed_lora", "triton")}
+FILES = {
+    "unpack": ("task_vector", "unpack_triton"),
+    "lora halves": ("routed_lora", "triton"),
+    "lora dropout": ("routed_lora", "triton"),
+}
 
 #: exercise, what is changed, what is taken out, what comes in; the first place that has it
 MUTANTS = [
@@ -133,6 +137,11 @@ MUTANTS = [
     ("lora halves", "half of the slots", "v_ptrs = v_ptr + pairs[:, :, None] * max_rank + rows[None, None, :]\n            tl.store", "v_ptrs = v_ptr + (pairs // 2 * 2)[:, :, None] * max_rank + rows[None, None, :]\n            tl.store"),
     ("lora halves", "rows past the rank written", "mask=here[:, :, None] & (rows < rank)[None, None, :])\n        adapter", "mask=here[:, :, None])\n        adapter"),
     ("lora halves", "weights forgotten", "v * coefficients[:, :, None], 0), 1)", "v, 0), 1)"),
+    ("lora dropout", "one mask for all tokens", "random_bits(tl.load(seed_ptr), token, first", "random_bits(tl.load(seed_ptr), token * 0, first"),
+    ("lora dropout", "the first block's mask again", "token, first, COLUMNS)", "token, first * 0, COLUMNS)"),
+    ("lora dropout", "columns past the last", "columns, out, mask=columns < length)", "columns, out)"),
+    ("lora dropout", "the dropped kept", "tl.where(words < tl.full((), BELOW, tl.uint32), 0, x)", "tl.where(words < tl.full((), BELOW, tl.uint32), x, 0)"),
+    ("lora dropout", "columns side by side", "columns * x_column_stride", "columns"),
     # strides
     ("one tile", "token and slot swapped", "* token_stride + (pairs - tokens * top_k).to(tl.int64) * slot_stride",
      "* slot_stride + (pairs - tokens * top_k).to(tl.int64) * token_stride"),
@@ -178,6 +187,7 @@ def use(monkeypatch, folder: Path, exercise: str, out: str = "", into: str = "")
         "unpack",
         "routed_lora",
         "lora halves",
+        "lora dropout",
     ],  # fmt: skip
 )
 def test_unchanged_source_passes(exercise, monkeypatch, tmp_path):

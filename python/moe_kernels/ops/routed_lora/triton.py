@@ -23,7 +23,7 @@ RANKS = 16  # rows of a factor at a time: the least that tensor cores take
 MAX_ON_CHIP = 64  # steps of RANKS rows that a token's slots may have in one launch: 128 registers of a thread
 MAX_GROUPS = 64
 GRAD_TOKENS, GRAD_COLUMNS = 32, 64  # that a program of a factor's gradient adds at a time
-DROPOUT_COLUMNS = 512  # of a program: 4 a thread
+DROPOUT_COLUMNS = 1024  # of a program: 8 a thread, 16 bytes of the narrowest
 _PAST = tl.constexpr(0x7FFFFFFF)  # behind every adapter
 
 
