@@ -91,6 +91,34 @@ def test_packed_true_ranks(backend, kernel_id, dtype):
 
 
 @pytest.mark.on_gpus
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+def test_shared_rows_have_no_gradients(backend, activation):
+    starts, ranks = torch.tensor([0, 2, 9]).int(), torch.tensor([3, 2, -1]).int()
+    x, a, b = torch.randn(6, 5), torch.randn(4, 5), torch.randn(4, 7)
+    ids = torch.tensor([0, 1, -1, 1, 0, 1])
+
+    def op(a, b, starts=starts, ranks=ranks, backend=backend, x=x):
+        table = dict(ranks=ranks, rank_starts=starts, max_rank=3)
+        return routed_lora(x, a.to(x.dtype), b.to(x.dtype), ids, **table, activation=activation, backend=backend)
+
+    check(lambda x, backend: op(a, b, backend=backend, x=x), [x], backend)
+    for trained in ((leaf(a), b), (a, leaf(b))):
+        with pytest.raises(
+            ValueError, match=r"rank_starts must be rows of its own .*, got rows that adapters 0 and 1 share"
+        ):
+            op(*trained)
+        op(*trained, backend="reference").sum().backward()
+        with torch.no_grad():
+            op(*trained)
+    apart = torch.tensor([0, 3, 3]).int()
+    alone = op(leaf(a), b, apart, torch.tensor([3, 1, 0]).int())
+    apart[1] = 2  # a change that is seen
+    assert alone.requires_grad
+    with pytest.raises(ValueError, match="adapters 0 and 1 share"):
+        op(leaf(a), b, apart)
+
+
+@pytest.mark.on_gpus
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ranks_below_the_stacked_rank(backend, kernel_id, dtype):
     skip_slow(kernel_id, dtype=dtype)
@@ -113,6 +141,57 @@ def test_more_rows_than_a_launch_keeps(backend, kernel_id):
         [torch.randn(5, 6), torch.randn(3, 400, 6), torch.randn(3, 7, 400) / 20, weights, torch.randn(5, 7)],
         backend,
     )
+
+
+@pytest.mark.on_gpus
+@pytest.mark.parametrize("num_tokens, top_k", [(530, 1), (300, 2), (512, 1), (513, 1)])
+def test_many_pairs(backend, kernel_id, num_tokens, top_k):
+    """A GPU sorts them; up to 512 each program looks for its own. A token's bits are the same."""
+    skip_slow(kernel_id, kernel_id == "triton-cpu" and num_tokens > 512)
+    ids, weights = pairs(num_tokens, 3, top_k)
+    ids[40:90] = 1  # more than a tile of one adapter's side by side
+    ranks = torch.tensor([3, 5, 0], dtype=torch.int32)
+    x, a, b = torch.randn(num_tokens, 9), torch.randn(3, 5, 9), torch.randn(3, 20, 5)
+
+    def op(x, a, b, w, base, backend, ids=ids):
+        return routed_lora(x, a, b, ids, w, base=base, ranks=ranks, backend=backend)
+
+    tensors = [x, a, b, weights, torch.randn(num_tokens, 20)]
+    check(op, tensors, backend, backward=kernel_id == "native-cpu" or num_tokens == 300)
+    few = slice(30, 70)
+    alone = op(x[few], a, b, weights[few], tensors[4][few], backend, ids[few])
+    assert torch.equal(op(*tensors, backend)[few], alone)
+
+
+@pytest.mark.on_gpus
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_are_not_rounded_before_they_meet_b(backend, kernel_id, dtype, top_k):
+    """Two large products of which the last bits alone are left; as many bits as a kernel keeps of float32."""
+    skip_slow(kernel_id, dtype=dtype)
+    large = (0x401 * 32.0, 1.5) if dtype == torch.float16 else (float(0x810000), 512.0, 3.0)
+    x = torch.tensor([large]).to(dtype).expand(17, -1)
+    a = torch.ones(1, 2, len(large), dtype=dtype)
+    a[0, 1, -1] = 0
+    b = torch.tensor([[1.0, -1.0], [-2.0, 2.0]], dtype=dtype)[None]
+    ids = torch.tensor([[0, -1]] * 17)[:, :top_k]
+    out = routed_lora(x, a, b, ids, backend=backend)
+    assert torch.equal(out, torch.tensor([[large[-1], -2 * large[-1]]] * 17, dtype=dtype))
+
+
+@pytest.mark.on_gpus
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("dtype", LOW_DTYPES)
+def test_infinities(backend, kernel_id, dtype, top_k):
+    """An infinite product is infinite, not NaN; an infinite weight does not meet rows that are not there."""
+    x, a, b = torch.ones(5, 9, dtype=dtype), torch.ones(2, 3, 9, dtype=dtype), torch.ones(2, 20, 3, dtype=dtype)
+    x[1, 2], ranks = torch.inf, torch.tensor([2, 3], dtype=torch.int32)
+    ids, weights = torch.tensor([[0, 1]] * 5)[:, :top_k], torch.ones(5, top_k)
+    weights[3] = -torch.inf
+    out = routed_lora(x, a, b, ids, weights, ranks=ranks, backend=backend)
+    finite = 18.0 if top_k == 1 else 45.0
+    expected = torch.tensor([finite, torch.inf, finite, -torch.inf, finite]).to(dtype)
+    assert torch.equal(out, expected[:, None].expand(-1, 20))
 
 
 @pytest.mark.on_gpus

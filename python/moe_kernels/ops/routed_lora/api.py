@@ -1,10 +1,12 @@
 """Public functions of routed LoRA: :func:`routed_lora` and its halves :func:`lora_shrink`, :func:`lora_expand`."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moe_kernels._checks import (
     FLOAT_DTYPES,
@@ -20,6 +22,8 @@ from moe_kernels.ops.routed_lora import autograd, native, reference
 
 RankActivation = Literal["identity", "relu", "silu", "gelu", "softmax"]
 _RANK_ACTIVATIONS = ("identity", "relu", "silu", "gelu", "softmax")
+# rank_starts -> the versions of the tables in which no two adapters share rows
+_rows_apart = WeakTensorKeyDictionary()
 
 
 def routed_lora(
@@ -75,7 +79,8 @@ def routed_lora(
         scaling: [num_adapters] or a number, ``alpha / rank`` as a rule; None scales by 1.
         ranks: [num_adapters] int32, how many rows of its factor an adapter uses; -1 marks a slot without adapter. None:
             all of them.
-        rank_starts: [num_adapters] int32, the first packed row of each adapter; needs ``ranks``.
+        rank_starts: [num_adapters] int32, the first packed row of each adapter; needs ``ranks``. Adapters may share
+            rows where the factors need no gradients, and with ``backend="reference"``.
         max_rank: the most rows of any packed adapter; None reads it from ``ranks``, which waits for a GPU.
         base: [num_tokens, out], dtype of ``x``; None adds to zero.
         activation: what happens to the rank's vector between the factors ("relu" gives bottleneck adapters, "softmax"
@@ -329,6 +334,7 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 def _shrink(backend: str, x, factor, rank_starts, ranks, adapter_ids, max_rank: int, dropout: float, seed) -> Tensor:
     arguments = (factor, rank_starts, ranks, adapter_ids, max_rank)
     if _needs_grad(x, factor):
+        _check_rows_apart("lora_shrink", rank_starts, ranks, factor)
         return autograd.LoraShrink.apply(x, *arguments, dropout, seed, backend)
     return autograd.kernels(backend).lora_shrink(autograd.dropped(backend, x, dropout, seed), *arguments)
 
@@ -336,6 +342,7 @@ def _shrink(backend: str, x, factor, rank_starts, ranks, adapter_ids, max_rank: 
 def _expand(backend: str, v, factor, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base) -> Tensor:
     arguments = (v, factor, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base)
     if _needs_grad(v, factor, adapter_weights, scaling, base):
+        _check_rows_apart("lora_expand", rank_starts, ranks, factor)
         return autograd.LoraExpand.apply(*arguments, backend)
     return autograd.kernels(backend).lora_expand(*arguments)
 
@@ -346,8 +353,29 @@ def _fused(
 ) -> Tensor:  # fmt: skip
     arguments = (lora_a, lora_b, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base, max_rank)
     if _needs_grad(x, lora_a, lora_b, adapter_weights, scaling, base):
+        _check_rows_apart("routed_lora", rank_starts, ranks, lora_a, lora_b)
         return autograd.RoutedLora.apply(x, *arguments, dropout, seed, backend)
     return autograd.kernels(backend).routed_lora(autograd.dropped(backend, x, dropout, seed), *arguments, False)[0]
+
+
+def _check_rows_apart(op: str, rank_starts: Tensor | None, ranks: Tensor | None, *factors: Tensor) -> None:
+    """Raises where adapters share packed rows that need a gradient: each would write its own there.
+
+    Asks a GPU once for each change of the tables, and neither a captured graph nor a compiled one.
+    """
+    if rank_starts is None or torch.compiler.is_compiling() or not any(factor.requires_grad for factor in factors):
+        return
+    versions = (rank_starts._version, ranks.data_ptr(), ranks._version)
+    if _rows_apart.get(rank_starts) == versions or (ranks.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    table = zip(rank_starts.tolist(), ranks.tolist(), strict=True)
+    used = sorted((start, start + rank, e) for e, (start, rank) in enumerate(table) if rank > 0)
+    for (_, end, first), (start, _, second) in itertools.pairwise(used):
+        if start < end:
+            expected = "rows of its own for each adapter whose factors need gradients"
+            actual = f"rows that adapters {first} and {second} share"
+            raise value_error(op, "rank_starts", expected, actual, "use backend='reference' or do not train them")
+    _rows_apart[rank_starts] = versions
 
 
 def _check_pairs(op: str, x: Tensor, adapter_ids: Tensor, adapter_weights: Tensor | None):
