@@ -125,7 +125,7 @@ MUTANTS = [
     ("routed_lora", "an adapter of rank 0", "mask=ids >= 0, other=0) > 0, ids, -1)", "mask=ids >= 0, other=0) >= 0, ids, -1)"),
     ("routed_lora", "an adapter forgotten", "adapter = next_adapter(ids, adapter)", "adapter = next_adapter(ids, adapter + 1)"),
     ("routed_lora", "tokens without adapters are nobody's", "Pairs((num_adapters + 1, triton", "Pairs((num_adapters, triton"),
-    ("routed_lora", "tokens without adapters are not sorted", "num_tiles(num_pairs, num_adapters + 1, tile)", "num_tiles(num_pairs, 1, tile)"),
+    ("routed_lora", "tokens without adapters are not sorted", "num_tiles(num_pairs, num_adapters + 1, tile)", "num_tiles(num_pairs, 0, tile)"),
     ("routed_lora", "a place too late", "tl.cumsum(here.to(tl.int32), 0) - 1 - first", "tl.cumsum(here.to(tl.int32), 0) - 2 - first"),
     ("routed_lora", "the first tile again", "tl.cumsum(here.to(tl.int32), 0) - 1 - first", "tl.cumsum(here.to(tl.int32), 0) - 1"),
     ("routed_lora", "pairs of the next adapter", "mask=places < end, other=num_pairs)", "mask=places < num_pairs, other=num_pairs)"),

@@ -132,10 +132,11 @@ def test_ranks_below_the_stacked_rank(backend, kernel_id, dtype):
 
 
 @pytest.mark.on_gpus
-def test_more_rows_than_a_launch_keeps(backend, kernel_id):
-    """Three adapters a token of up to 400 rows are 1200: two launches on a GPU."""
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_more_rows_than_are_multiplied_at_a_time(backend, kernel_id, top_k):
+    """64 on a GPU."""
     ranks = torch.tensor([400, 3, 130], dtype=torch.int32)
-    ids, weights = pairs(5, 3, 3)
+    ids, weights = pairs(5, 3, top_k)
     check(
         lambda x, a, b, w, base, backend: routed_lora(x, a, b, ids, w, base=base, ranks=ranks, backend=backend),
         [torch.randn(5, 6), torch.randn(3, 400, 6), torch.randn(3, 7, 400) / 20, weights, torch.randn(5, 7)],
@@ -195,7 +196,20 @@ def test_infinities(backend, kernel_id, dtype, top_k):
 
 
 @pytest.mark.on_gpus
-def test_more_adapters_than_programs(backend):
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_no_adapters(backend, top_k):
+    x, base, ids = torch.randn(6, 5), torch.randn(6, 7), torch.full((6, top_k), -1)
+    none = torch.zeros(0, dtype=torch.int32)
+    stacked = routed_lora(x, torch.randn(0, 2, 5), torch.randn(0, 7, 2), ids, base=base, backend=backend)
+    factors = [leaf(torch.randn(4, 5)), leaf(torch.randn(4, 7))]
+    packed = routed_lora(x, *factors, ids, base=base, ranks=none, rank_starts=none, max_rank=3, backend=backend)
+    assert torch.equal(stacked, base) and torch.equal(packed, base)
+    packed.sum().backward()
+    assert not factors[0].grad.any() and not factors[1].grad.any()
+
+
+@pytest.mark.on_gpus
+def test_more_adapters_than_tokens(backend):
     ids = torch.randint(-1, 150, (33,))
     check(
         lambda x, a, b, base, backend: routed_lora(x, a, b, ids, base=base, backend=backend),

@@ -1,4 +1,4 @@
-"""Gradients of a LoRA product: of its two halves, each made of the other, and of both in one launch."""
+"""Gradients of a LoRA product: of its two halves, each made of the other, and of both in one op."""
 
 import torch
 from torch import Tensor
@@ -140,7 +140,7 @@ class LoraExpand(torch.autograd.Function):
 
 
 class RoutedLora(torch.autograd.Function):
-    """Both halves in one launch, and in another the same product with the factors exchanged:
+    """Both halves in one op, and in another call the same product with the factors exchanged:
 
     ``grad_x[t] = sum_k c * A_e^T u[t, k]`` with ``u[t, k] = B_e^T grad_out[t]``; then ``grad_A_j = sum c * u[j] * x``,
     ``grad_B_j = sum c * v[j] * grad_out``, and the weights' and scaling's gradients from ``<u, v>``.

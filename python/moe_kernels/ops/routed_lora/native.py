@@ -18,7 +18,7 @@ torch.library.define(
     "SymInt? num_rows) -> Tensor",
 )
 torch.library.define("moe_kernels::lora_dropout", "(Tensor x, float p, Tensor seed) -> Tensor")
-# both halves in one launch, on a GPU. v, the product with A, is of rank 0 where it is not saved
+# both halves in one op, on a GPU. v, the product with A, is of rank 0 where it is not saved
 torch.library.define(
     "moe_kernels::routed_lora",
     "(Tensor x, Tensor lora_a, Tensor lora_b, Tensor? rank_starts, Tensor? ranks, Tensor adapter_ids, "

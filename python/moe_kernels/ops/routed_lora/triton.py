@@ -461,7 +461,9 @@ def _routed_lora(
 ) -> tuple[Tensor, Tensor]:
     num_tokens, top_k = adapter_ids.shape
     routing = (rank_starts, ranks, adapter_ids, adapter_weights, scaling)
-    if top_k != 1 or max_rank > MAX_RANKS or 0 in (num_tokens, max_rank, *lora_a.shape, *lora_b.shape):
+    num_adapters, num_rows, _ = factor_of(lora_a, rank_starts)
+    empty = 0 in (num_tokens, num_adapters, num_rows, max_rank, x.shape[1], lora_b.shape[-1])
+    if top_k != 1 or max_rank > MAX_RANKS or empty:
         v = _lora_shrink(x, lora_a, rank_starts, ranks, adapter_ids, max_rank)
         out = _lora_expand(v, lora_b, *routing, base)
         return out, v if save else v.new_empty((num_tokens, top_k, 0))
