@@ -13,6 +13,9 @@ Task vectors (--op task_vector), of 256 x 1024 elements: one or eight of 20 % de
 and decoded from packed bytes; eight weights are merged into one; tokens meet a weight and one vector. Floors: planes or
 packed bytes read, planes written, all weights read and written.
 
+Adapters (--op routed_lora), eight of rank 16 on a layer of 1024 x 1024 with a base, adapters drawn at random for each
+token. Floor: input, base, output, and each adapter that a token names, once.
+
 What lies above the floor in ours: permute reads a token once for each of its rows, top_k times in all, of which DRAM
 serves one (memory) and L2 the others; a plan of more than one tile (2048 pairs) reads the ids twice and keeps a table
 of tiles by experts; conflicts are the plan's counters, which lie where the experts are.
@@ -45,7 +48,18 @@ from torch import Tensor  # noqa: E402
 from benchmarks.harness import check, commit  # noqa: E402
 from benchmarks.providers.base import installed_version  # noqa: E402
 from benchmarks.shapes import SHAPES, LayerShape  # noqa: E402
-from moe_kernels import apply_, compress, decompress, merge, permute, plan_dispatch, route, ternary_linear, unpermute  # noqa: E402
+from moe_kernels import (  # noqa: E402
+    apply_,
+    compress,
+    decompress,
+    merge,
+    permute,
+    plan_dispatch,
+    route,
+    routed_lora,
+    ternary_linear,
+    unpermute,
+)
 from tests.gpu import ptx_ops, triton_on_ptx  # noqa: E402
 
 
@@ -200,6 +214,31 @@ def task_vector_cells(dtype: torch.dtype):
         yield Cell(f"ternary_linear {num_tokens} tokens", floor, calls, right)
 
 
+def lora_cells(num_tokens: int, dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    num_adapters, rank, size = 8, 16, 1024
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator).to(dtype)
+
+    x, base = normal(num_tokens, size), normal(num_tokens, size)
+    a, rows_of_b = normal(num_adapters, rank, size) * size**-0.5, normal(num_adapters, rank, size)
+    for top_k in (1, 2):
+        ids = torch.rand(num_tokens, num_adapters, generator=generator).argsort(1)[:, :top_k].int()
+        weights = torch.rand(num_tokens, top_k, generator=generator)
+
+        def op(backend: str, to: torch.dtype, ids=ids, weights=weights) -> Tensor:
+            tensors = [tensor.to(to) for tensor in (x, a, rows_of_b.transpose(1, 2), base)]
+            return routed_lora(*tensors[:3], ids, weights, scaling=2.0, base=tensors[3], backend=backend)
+
+        expected, eager = op("reference", torch.float64), op("reference", dtype)
+        floor = (3 * num_tokens + 2 * len(ids.unique()) * rank) * size * dtype.itemsize + 8 * ids.numel()
+        yield Cell(
+            f"routed_lora top {top_k}", floor, {"ours Triton": lambda op=op: op("triton", dtype)},
+            lambda _, out, expected=expected, eager=eager: not check(out, expected, eager).wrong,
+        )  # fmt: skip
+
+
 VERSIONS = {"moe-ops": "moe-ops", "Liger": "liger-kernel"}
 
 
@@ -224,7 +263,7 @@ def count(cell: Cell, shape: str, num_tokens: int, dtype: torch.dtype):
 def main() -> int:
     """Returns 1 where one of our own results was wrong, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", default="moe", choices=["moe", "task_vector"])
+    parser.add_argument("--op", default="moe", choices=["moe", "task_vector", "routed_lora"])
     parser.add_argument("--shape", default="A", choices=SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=[16, 512])
     parser.add_argument("--csv", type=Path, default=_HERE / "results" / "gpu_counts.csv")
@@ -236,14 +275,19 @@ def main() -> int:
     shape, dtype, rows = SHAPES[options.shape], torch.bfloat16, []
     shown = [field.name for field in fields(Row)][2:]
     print(" | ".join(shown))
-    for num_tokens in options.tokens if options.op == "moe" else [0]:
-        moe = options.op == "moe"  # inputs are made by the CPU kernels
-        inputs = list(cells(shape, num_tokens, dtype) if moe else task_vector_cells(dtype))
+    of_op = {  # name of the shape, what is counted
+        "moe": (shape.name, lambda num_tokens: cells(shape, num_tokens, dtype)),
+        "task_vector": ("256x1024", lambda _: task_vector_cells(dtype)),
+        "routed_lora": ("8x16x1024", lambda num_tokens: lora_cells(num_tokens, dtype)),
+    }
+    shape_name, cells_of = of_op[options.op]
+    for num_tokens in [0] if options.op == "task_vector" else options.tokens:
+        inputs = list(cells_of(num_tokens))  # inputs are made by the CPU kernels
         with pytest.MonkeyPatch.context() as patch:
             ptx_ops.redirect(patch)
             triton_on_ptx.redirect(patch)
             for cell in inputs:
-                for row in count(cell, shape.name if moe else "256x1024", num_tokens, dtype):
+                for row in count(cell, shape_name, num_tokens, dtype):
                     rows.append(row)
                     print(" | ".join(str(getattr(row, name)) for name in shown), flush=True)
     if not options.no_csv:

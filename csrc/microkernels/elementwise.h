@@ -5,6 +5,7 @@
 
 #include <math.h>
 
+#include "microkernels/random.h"
 #include "microkernels/table.h"
 #include "microkernels/vec.h"
 
@@ -264,6 +265,17 @@ static void scale(const T* row, acc_t<T> weight, T* out, int64_t n) {
   int64_t i = 0;
   for (; i + kN <= n; i += kN) store_converted(out + i, weight * load_converted(row + i));
   for (; i < n; ++i) out[i] = from_acc<T>(weight * to_acc(row[i]));
+}
+
+template <class T>
+static void dropout(const T* row, uint64_t key, uint64_t number, uint32_t below, T* out, int64_t n) {
+  constexpr int64_t kAtOnce = 512;
+  uint32_t bits[kAtOnce];
+  for (int64_t begin = 0; begin < n; begin += kAtOnce) {
+    const int64_t size = n - begin < kAtOnce ? n - begin : kAtOnce;
+    random_bits(key, number, begin, size, bits);
+    for (int64_t i = 0; i < size; ++i) out[begin + i] = bits[i] < below ? T{} : row[begin + i];
+  }
 }
 
 // The sum of partial sums over kPartial elements, each in four vectors: the sum of 5120 float products in one vector of

@@ -6,8 +6,8 @@
 #include <bit>
 #include <limits>
 
-#include "common/philox.h"
 #include "microkernels/merge_table.h"
+#include "microkernels/random.h"
 #include "microkernels/vec.h"
 
 namespace moe::MOE_ISA {
@@ -21,36 +21,6 @@ MOE_INLINE T round_once(acc_t<T> x) {
     return {static_cast<uint16_t>(x == x ? rounded : (bits >> 16) | 0x40)};
   } else {
     return from_acc<T>(x);
-  }
-}
-
-// bits[i], for i in [0, n): 32 random bits of element first + i, word (first + i) % 4 of a Philox block. All lanes at once.
-MOE_INLINE void random_bits(uint64_t key, int64_t first, int64_t n, uint32_t* bits) {
-  constexpr int kAtOnce = 16;
-  for (int64_t done = 0; done < n; done += 4 * kAtOnce) {
-    uint32_t c0[kAtOnce], c1[kAtOnce], c2[kAtOnce] = {}, c3[kAtOnce] = {};
-    const uint64_t block = static_cast<uint64_t>(first + done) / 4;
-    for (int i = 0; i < kAtOnce; ++i) {
-      c0[i] = static_cast<uint32_t>(block + i);
-      c1[i] = static_cast<uint32_t>((block + i) >> 32);
-    }
-    uint32_t key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
-    for (int round = 0; round < 10; ++round) {
-      for (int i = 0; i < kAtOnce; ++i) {
-        const uint64_t product0 = uint64_t{0xD2511F53} * c0[i], product1 = uint64_t{0xCD9E8D57} * c2[i];
-        c0[i] = static_cast<uint32_t>(product1 >> 32) ^ c1[i] ^ key0;
-        c2[i] = static_cast<uint32_t>(product0 >> 32) ^ c3[i] ^ key1;
-        c1[i] = static_cast<uint32_t>(product1);
-        c3[i] = static_cast<uint32_t>(product0);
-      }
-      key0 += 0x9E3779B9;
-      key1 += 0xBB67AE85;
-    }
-    for (int i = 0; i < kAtOnce && done + 4 * i < n; ++i) {
-      const uint32_t words[4] = {c0[i], c1[i], c2[i], c3[i]};
-      const int64_t rest = n - done - 4 * i;
-      std::memcpy(bits + done + 4 * i, words, (rest < 4 ? rest : 4) * sizeof(uint32_t));
-    }
   }
 }
 
@@ -83,7 +53,7 @@ MOE_INLINE void keep_some(int64_t first, int64_t n, const MergeSource<acc_t<T>>&
   }
   if (source.keep_below < (uint64_t{1} << 32)) {
     uint32_t bits[kMergeBlock];
-    random_bits(source.key, first, n, bits);
+    random_bits(source.key, 0, first, n, bits);
     const uint32_t below = static_cast<uint32_t>(source.keep_below);
     for (int64_t i = 0; i < n; ++i) t[i] = bits[i] < below ? t[i] : Acc(0);
   }

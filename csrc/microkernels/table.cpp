@@ -29,6 +29,7 @@ static constexpr Microkernels<T> make() {
       .store_row = store_row<T>,
       .weighted_sum = weighted_sum<T>,
       .scale = scale<T>,
+      .dropout = dropout<T>,
       .inner_product = inner_product<T>,
       .scores = scores<T>,
       .largest = largest<acc_t<T>>,

@@ -103,6 +103,8 @@ struct Microkernels {
   void (*weighted_sum)(const T* const* rows, const Acc* weights, int64_t num_rows, T* out, int64_t n);
   // out[i] = weight * row[i]
   void (*scale)(const T* row, Acc weight, T* out, int64_t n);
+  // out[i] = row[i], or zero where word i % 4 of Philox at (i / 4, number), 64 bits each, under the key is less than `below`
+  void (*dropout)(const T* row, uint64_t key, uint64_t number, uint32_t below, T* out, int64_t n);
   // sum_i a[i] * b[i]
   Acc (*inner_product)(const T* a, const T* b, int64_t n);
   // The scores of one row of logits, softmax or sigmoid, and choice = scores + bias (may be null), -inf where the logit is

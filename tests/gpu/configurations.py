@@ -139,10 +139,10 @@ TRITON_KERNELS = {
     "route_weights": {"_route_weights_kernel": 0},
     "route_bwd": {"_route_bwd_kernel": 0},
     "routed_lora": {"_routed_lora_kernel": 4},
-    "routed_lora of two": {"_routed_lora_kernel": 4},
     "routed_lora, many tokens": {"_routed_lora_kernel": 4},
-    "lora halves": {"_lora_shrink_kernel": 1, "_lora_expand_kernel": 2},
+    "lora halves": {"_lora_shrink_kernel": 0, "_lora_expand_kernel": 7},  # shrink copies by cp.async
     "lora_factor_grad": {"_lora_factor_grad_kernel": 2},
+    "lora_dropout": {"_lora_dropout_kernel": 1},
 }
 
 
@@ -152,6 +152,7 @@ def _triton_launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     from moe_kernels.ops.merge import triton as merge
     from moe_kernels.ops.permute import triton as permute
     from moe_kernels.ops.route import triton as route
+    from moe_kernels.ops.routed_lora import triton as routed_lora
     from moe_kernels.ops.task_vector import triton as task_vector
     from moe_kernels.ops.task_vector import unpack_triton
     from moe_kernels.ops.ternary_linear import triton as ternary_linear
@@ -189,11 +190,11 @@ def _triton_launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         ),
         "route_weights": lambda: route.route_weights(logits.to(dtype), ids, 0, True, 1.0),
         "route_bwd": lambda: route.route_backward(weights, logits.to(dtype), ids, 0, True, 1.0, 0),
-        "routed_lora": lambda: _routed_lora(64, 1, dtype),
-        "routed_lora of two": lambda: _routed_lora(16, 2, dtype),
-        "routed_lora, many tokens": lambda: _routed_lora(1024, 1, dtype),
+        "routed_lora": lambda: _routed_lora(64, dtype),
+        "routed_lora, many tokens": lambda: _routed_lora(1024, dtype),
         "lora halves": lambda: _lora_halves(dtype),
         "lora_factor_grad": lambda: _lora_factor_grad(dtype),
+        "lora_dropout": lambda: routed_lora.lora_dropout(x, 0.1, torch.tensor(1)),
     }  # fmt: skip
 
 
@@ -213,13 +214,13 @@ def _expert_ffn(num_tokens: int, dtype: torch.dtype, save: bool = True, backward
         expert_ffn.expert_ffn(x, ids, weights, *experts, None, None, *activation, 1536, save)
 
 
-def _routed_lora(num_tokens: int, top_k: int, dtype: torch.dtype) -> None:
+def _routed_lora(num_tokens: int, dtype: torch.dtype) -> None:
     """Eight adapters of rank 16 on a square layer, B as it lies in a pool: [num_adapters, rank, out]."""
     from moe_kernels.ops.routed_lora import triton as lora
 
-    ids, x = torch.zeros(num_tokens, top_k, dtype=torch.int32), torch.empty(num_tokens, 2048, dtype=dtype)
+    ids, x = torch.zeros(num_tokens, 1, dtype=torch.int32), torch.empty(num_tokens, 2048, dtype=dtype)
     a, ranks = torch.empty(8, 16, 2048, dtype=dtype), torch.full((8,), 16, dtype=torch.int32)
-    lora.routed_lora(x, a, a, None, ranks, ids, torch.ones(num_tokens, top_k), torch.ones(8), x, 16, True)
+    lora.routed_lora(x, a, a, None, ranks, ids, torch.ones(num_tokens, 1), torch.ones(8), x, 16, True)
 
 
 def _lora_halves(dtype: torch.dtype) -> None:
@@ -247,8 +248,7 @@ TRITON_THREADS = {
 #: bytes that a thread may keep in memory after the loop: gate, up and what is made of them are more than 255 registers;
 #: of adapters, strides and pointers that only an outer loop reads
 TRITON_SPILLS = {
-    "expert_ffn saving": 96, "expert_ffn_bwd": 16, "routed_lora": 24, "routed_lora of two": 8,
-    "routed_lora, many tokens": 24, "lora halves": 16,
+    "expert_ffn saving": 96, "expert_ffn_bwd": 16, "lora halves": 16,
 }  # fmt: skip
 
 
@@ -264,7 +264,7 @@ def shipped_triton_configurations() -> list[Configuration]:
             for name, wide in TRITON_KERNELS[launch].items():
                 threads = TRITON_THREADS.get((launch, name), 32 if name.startswith("_route_") else 128)
 
-                if launch == "routed_lora" and dtype != torch.float32:
+                if launch == "routed_lora, many tokens" and dtype != torch.float32:
                     threads = 64  # of a tile of 64 rows
 
                 def pick(capability: int, name=name, threads=threads, compiled=compiled) -> build.Compiled:

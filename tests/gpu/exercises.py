@@ -242,12 +242,10 @@ def _adapter_ids(num_tokens: int, num_adapters: int, top_k: int) -> torch.Tensor
 def exercise_routed_lora(backend: str) -> None:
     """Adapters of two steps of rows, of one and of none, packed and stacked; tiles of tokens, blocks of columns."""
     starts, ranks = torch.tensor([21, 1, 0, 20]).int(), torch.tensor([5, 18, 0, 1]).int()
-    for num_tokens, top_k in ((19, 3), (67, 1)):
-        ids, x, base = (
-            _adapter_ids(num_tokens, 4, top_k).contiguous(),
-            _integers(num_tokens, 41),
-            _integers(num_tokens, 150),
-        )
+    for num_tokens, top_k in ((19, 3), (59, 1), (67, 1)):
+        ids, x, base = _adapter_ids(num_tokens, 4, top_k), _integers(num_tokens, 41), _integers(num_tokens, 150)
+        if top_k == 1:  # more than a tile of one adapter's
+            ids[15:55] = 0
         table = dict(rank_starts=starts, max_rank=18) if top_k > 1 else {}
         a, b = (_integers(26, 41), _integers(26, 150)) if table else (_integers(4, 18, 41), _integers(4, 150, 18))
         w, s = _integers(num_tokens, top_k), torch.tensor([1.0, -2.0, 3.0, 2.0])
@@ -269,21 +267,50 @@ def exercise_routed_lora(backend: str) -> None:
         assert out[others].all() and not out[~others].all(), "an adapter's infinity"
         infinite = x.clone()
         infinite[~none.logical_or(torch.arange(num_tokens) > 9)] = torch.inf
-        out = op(infinite, a.abs() + 1, b.abs() + 1, None, s.abs(), base, backend=backend)
+        weights = torch.ones_like(w)
+        weights[:10] = torch.inf
+        out = op(infinite, a.abs() + 1, b.abs() + 1, weights, s.abs(), base, backend=backend)
         assert torch.equal(out.isfinite(), infinite.isfinite()[:, :1].expand_as(out)), "a token's infinity"
         assert not out.isnan().any(), "rows that are not there times infinity"
+        weights = torch.ones_like(w).requires_grad_()
+        op(infinite, a.abs() + 1, b.abs() + 1, weights, s.abs(), base, backend=backend).sum().backward()
+        assert not weights.grad.isnan().any(), "products that are not there, saved"
 
 
 def exercise_lora_halves(backend: str) -> None:
-    """Two launches with an activation between them."""
-    ids, ranks = _adapter_ids(19, 3, 2), torch.tensor([18, 3, 1]).int()
-    tensors = [_integers(19, 41), _integers(3, 18, 41), _integers(3, 150, 18), _integers(19, 2), _integers(19, 150)]
+    """Two launches with an activation between them; an adapter of more rows than are multiplied at a time."""
+    ids, ranks = _adapter_ids(19, 3, 2), torch.tensor([70, 3, 1]).int()
+    tensors = [_integers(19, 41), _integers(3, 70, 41), _integers(3, 150, 70), _integers(19, 2), _integers(19, 150)]
 
     def op(x, a, b, w, base, backend):
         arguments = dict(scaling=2.0, ranks=ranks, base=base, activation="relu")
         return routed_lora(x, a, b, ids, w, **arguments, backend=backend)
 
     check_exact(op, tensors, backend)
+
+
+def exercise_lora_parts(backend: str) -> None:
+    """Products that 16 bits do not hold: of two large ones the last bits are left; infinities."""
+    for dtype, large in ((torch.bfloat16, (float(0x810000), 512.0, 3.0)), (torch.float16, (0x401 * 32.0, 1.5))):
+        x, a = torch.tensor([large] * 3).to(dtype), torch.ones(1, 2, len(large), dtype=dtype)
+        a[0, 1, 1:], b = 0, torch.tensor([[[1.0, -1.0]]], dtype=dtype)
+        for ids in (torch.tensor([[0]] * 3), torch.tensor([[-1, 0]] * 3)):
+            left = torch.tensor(sum(large[1:])).to(dtype)
+            assert (routed_lora(x, a, b, ids, backend=backend) == left).all(), "bits of a product"
+            out = routed_lora(torch.full_like(x, -torch.inf), torch.ones_like(a), b.abs(), ids, backend=backend)
+            assert (out == -torch.inf).all(), "infinity"
+
+
+def exercise_lora_dropout(backend: str) -> None:
+    """Rows of several blocks, of which half is dropped: twice an integer is left."""
+    ids = _adapter_ids(7, 3, 1)
+    tensors = [_integers(7, 1101), _integers(3, 4, 1101), _integers(3, 30, 4)]
+    for seed in (-3, 2**40 + 5):
+        check_exact(
+            lambda x, a, b, backend, seed=seed: routed_lora(x, a, b, ids, dropout=0.5, seed=seed, backend=backend),
+            tensors,
+            backend,
+        )
 
 
 #: rooms that have Triton kernels alone
@@ -293,6 +320,8 @@ TRITON_EXERCISES = {
     "unpack": exercise_unpack,
     "routed_lora": exercise_routed_lora,
     "lora halves": exercise_lora_halves,
+    "lora dropout": exercise_lora_dropout,
+    "lora parts": exercise_lora_parts,
 }
 EXERCISES: dict[str, Callable[[str], None]] = {
     "one tile": lambda backend: exercise_plan(backend, 500, 9, 4),

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E501
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -37,7 +38,12 @@ ROOMS = {
 }
 
 #: exercise -> room and file, where they are not the exercise's own room and triton.py
-FILES = {"unpack": ("task_vector", "unpack_triton"), "lora halves": ("routed_lora", "triton")}
+FILES = {
+    "unpack": ("task_vector", "unpack_triton"),
+    "lora halves": ("routed_lora", "triton"),
+    "lora parts": ("routed_lora", "triton"),
+    "lora dropout": ("routed_lora", "triton"),
+}
 
 #: exercise, what is changed, what is taken out, what comes in; the first place that has it
 MUTANTS = [
@@ -113,33 +119,51 @@ MUTANTS = [
     ("unpack", "signs of the zeros", "nonzero = tl.where(mode == 4, 1 - zeros, 1)", "nonzero = tl.where(mode == 4, zeros, 1)"),
     ("unpack", "signs from the first bit", "        signs_at = end", "        signs_at = unary"),
     # adapters
-    ("routed_lora", "ids past the last adapter", "(ids >= 0) & (ids < num_adapters)", "ids >= 0"),
-    ("routed_lora", "negative ids", "(ids >= 0) & (ids < num_adapters)", "ids < num_adapters"),
+    ("routed_lora", "ids past the last adapter are nobody's", "tl.where((ids >= 0) & (ids < num_adapters), ids, num_adapters)", "tl.where(ids >= 0, ids, num_adapters)"),
+    ("routed_lora", "negative ids are nobody's", "tl.where((ids >= 0) & (ids < num_adapters), ids, num_adapters)", "tl.where(ids < num_adapters, ids, num_adapters)"),
+    ("routed_lora", "ids past the last adapter", "tl.where((ids >= 0) & (ids < num_adapters), ids, -1)", "tl.where(ids >= 0, ids, -1)"),
     ("routed_lora", "an adapter of rank 0", "mask=ids >= 0, other=0) > 0, ids, -1)", "mask=ids >= 0, other=0) >= 0, ids, -1)"),
-    ("routed_lora", "an adapter forgotten", "adapter = _next_adapter(ids, adapter, group, NUM_GROUPS)\n    if SAVE", "adapter = _next_adapter(ids, adapter + 1, group, NUM_GROUPS)\n    if SAVE"),
+    ("routed_lora", "an adapter forgotten", "adapter = next_adapter(ids, adapter)", "adapter = next_adapter(ids, adapter + 1)"),
+    ("routed_lora", "tokens without adapters are nobody's", "Pairs((num_adapters + 1, triton", "Pairs((num_adapters, triton"),
+    ("routed_lora", "tokens without adapters are not sorted", "num_tiles(num_pairs, num_adapters + 1, tile)", "num_tiles(num_pairs, 0, tile)"),
+    ("routed_lora", "a place too late", "tl.cumsum(here.to(tl.int32), 0) - 1 - first", "tl.cumsum(here.to(tl.int32), 0) - 2 - first"),
+    ("routed_lora", "the first tile again", "tl.cumsum(here.to(tl.int32), 0) - 1 - first", "tl.cumsum(here.to(tl.int32), 0) - 1"),
+    ("routed_lora", "pairs of the next adapter", "mask=places < end, other=num_pairs)", "mask=places < num_pairs, other=num_pairs)"),
+    ("routed_lora", "the first slot's ids", "(pairs % top_k).to(tl.int64) * slot_stride", "(pairs % top_k).to(tl.int64) * 0"),
     ("routed_lora", "rows past the rank", "inside = (rows < rank)[:, None] & (columns < num_columns)", "inside = (columns < num_columns)"),
-    ("routed_lora", "a row that is not there times infinity", "return tl.where((rows < rank)[None, :], products, 0)", "return products"),
-    ("routed_lora", "the first step of rows alone", "v = tl.where((here & (of_step == step)[None, :])[:, :, None]", "v = tl.where((here & (of_step == 0)[None, :])[:, :, None]"),
-    ("routed_lora", "rows of the first step again", "of_rows, b_ptr + offset, step * RANKS + in_step, columns", "of_rows, b_ptr + offset, in_step, columns"),
+    ("routed_lora", "a row that is not there times infinity", "tl.store(v_ptrs, tl.where(of_rank, v, 0)", "tl.store(v_ptrs, v"),
+    ("routed_lora", "an infinite weight times a row that is not there", "tl.where(of_rank, v * coefficients[:, None], 0)", "v * coefficients[:, None]"),
+    ("routed_lora", "an infinite weight times a slot's row that is not there", "here[:, :, None] & (rows < rank)[None, None, :], v, 0)", "here[:, :, None], v, 0)"),
     ("routed_lora", "packed rows from the first on", "offset = start.to(tl.int64) * row_stride", "offset = start.to(tl.int64) * 0"),
     ("routed_lora", "another adapter's infinity", "sums = tl.where(owners[:, None], sums + part, sums)  # zero", "sums = sums + part  # zero"),
-    ("routed_lora", "a token without adapters loses its base", "highest >= 0, mine", "highest >= -1, mine"),
-    ("routed_lora", "tokens without adapters are nobody's", "tl.maximum(highest, 0) % NUM_GROUPS == group)\n    if tl.max(mine.to(tl.int32), 0) == 0:\n        return\n    in_step", "highest % NUM_GROUPS == group)\n    if tl.max(mine.to(tl.int32), 0) == 0:\n        return\n    in_step"),
-    ("routed_lora", "products saved of the first slot", "pair = tokens.to(tl.int64)[:, None, None] * top_k + slots[None, :, None]", "pair = tokens.to(tl.int64)[:, None, None] * top_k"),
+    ("routed_lora", "a token without an adapter loses its base", "sums, mine & (rank > 0), mine", "sums, mine, mine"),
+    ("routed_lora", "a token without adapters loses its base", "tl.max(ids, 1) >= 0, tokens", "tl.max(ids, 1) >= -1, tokens"),
+    ("routed_lora", "products saved for the first token", "tokens.to(tl.int64)[:, None] * max_rank + rows[None, :]\n    of_rank", "tokens.to(tl.int64)[:, None] * 0 + rows[None, :]\n    of_rank"),
     ("routed_lora", "columns past the last", "(columns < num_columns)[None, :]\n    out = sums", "(columns < num_columns + 1)[None, :]\n    out = sums"),
-    ("routed_lora", "no scaling", "if HAS_SCALING:\n            coefficients *=", "if HAS_SCALING:\n            coefficients = 0 +"),
+    ("routed_lora", "no scaling", "if HAS_SCALING:\n        coefficients *=", "if HAS_SCALING:\n        coefficients = 0 +"),
     ("routed_lora", "the first tile's gradient alone", "total += tl.dot(tl.trans(v), x", "total = tl.dot(tl.trans(v), x"),
     ("routed_lora", "a gradient of everybody's tokens", "v = tl.sum(tl.load(v_ptrs, mask=here[:, :, None] & r_inside", "v = tl.sum(tl.load(v_ptrs, mask=(ids >= 0)[:, :, None] & r_inside"),
-    ("lora halves", "half of the slots", "v_ptrs = v_ptr + pairs[:, :, None] * max_rank + rows[None, None, :]\n            tl.store", "v_ptrs = v_ptr + (pairs // 2 * 2)[:, :, None] * max_rank + rows[None, None, :]\n            tl.store"),
-    ("lora halves", "rows past the rank written", "mask=here[:, :, None] & (rows < rank)[None, None, :])\n        adapter", "mask=here[:, :, None])\n        adapter"),
-    ("lora halves", "weights forgotten", "v * coefficients[:, :, None], 0), 1)", "v, 0), 1)"),
+    ("lora halves", "half of the slots", "v_ptr + pairs.to(tl.int64)[:, None] * max_rank", "v_ptr + (pairs // 2 * 2).to(tl.int64)[:, None] * max_rank"),
+    ("lora halves", "rows past the rank written", "tl.store(v_ptrs, products, mask=mine[:, None] & (rows < rank)[None, :])", "tl.store(v_ptrs, products, mask=mine[:, None])"),
+    ("lora halves", "weights forgotten", "v = v * coefficients[:, :, None]", "v = v"),
+    ("lora halves", "the first rows again", "rows = first + tl.arange(0, RANKS)", "rows = 0 * first + tl.arange(0, RANKS)"),
+    ("lora halves", "the first rows' products again", "tl.program_id(2) * RANKS + tl.arange(0, RANKS)", "0 * RANKS + tl.arange(0, RANKS)"),
+    ("lora parts", "bits of a product forgotten", "sums = tl.dot(low, b, sums, out_dtype=ACC)", "sums += 0"),
+    ("lora parts", "more bits of a product forgotten", "sums = tl.dot(middle, b, sums, out_dtype=ACC)", "sums += 0"),
+    ("lora parts", "bits of a float16's product forgotten", "sums = tl.dot(middle, wide, sums", "sums += 0 * tl.dot(middle, wide, sums"),
+    ("lora parts", "infinity less infinity", "rest = tl.where(tl.abs(v) == float(\"inf\"), 0, v - high)", "rest = v - high"),
+    ("lora dropout", "one mask for all tokens", "random_bits(tl.load(seed_ptr), token, first", "random_bits(tl.load(seed_ptr), token * 0, first"),
+    ("lora dropout", "the first block's mask again", "token, first, COLUMNS)", "token, first * 0, COLUMNS)"),
+    ("lora dropout", "columns past the last", "columns, out, mask=columns < length)", "columns, out)"),
+    ("lora dropout", "the dropped kept", "tl.where(words < tl.full((), BELOW, tl.uint32), 0, x)", "tl.where(words < tl.full((), BELOW, tl.uint32), x, 0)"),
+    ("lora dropout", "columns side by side", "columns * x_column_stride", "columns"),
     # strides
     ("one tile", "token and slot swapped", "* token_stride + (pairs - tokens * top_k).to(tl.int64) * slot_stride",
      "* slot_stride + (pairs - tokens * top_k).to(tl.int64) * token_stride"),
     ("permute", "rows out as far apart as rows in", "row.to(tl.int64) * hidden_size + columns, x", "row.to(tl.int64) * row_stride + columns, x"),
     ("permute", "gradient as far apart as rows", "grad_out_ptr + token * grad_stride", "grad_out_ptr + token * row_stride"),
     ("routed_lora", "the base's columns side by side", "columns.to(tl.int64)[None, :] * base_column_stride", "columns.to(tl.int64)[None, :]"),
-    ("routed_lora", "weights of the ids' strides", "* weights_token_stride + slots[None, :] * weights_slot_stride", "* ids_token_stride + slots[None, :] * weights_slot_stride"),
+    ("routed_lora", "ids of the weights' strides", "num_tokens, num_adapters, 1, ids_token_stride, 0, FEW", "num_tokens, num_adapters, 1, weights_token_stride, 0, FEW"),
     ("route", "logits side by side", "experts.to(tl.int64) * expert_stride", "experts.to(tl.int64)"),
 ]  # fmt: skip
 
@@ -147,14 +171,19 @@ MUTANTS = [
 def use(monkeypatch, folder: Path, exercise: str, out: str = "", into: str = "") -> None:
     """Lets ``backend="triton"`` take the changed source of the exercise's room.
 
-    Blocks of columns are short, so that a short row takes several.
+    Blocks of columns are short, so that a short row takes several, and fewer pairs are many.
     """
     triton_on_ptx.redirect(monkeypatch)
     room, file = FILES.get(exercise, (exercise if exercise in ROOMS else "permute", "triton"))
-    text = Path(ROOMS[room].__path__[0], f"{file}.py").read_text()
+    source = Path(ROOMS[room].__path__[0])
+    text = (source / f"{file}.py").read_text()
+    # what the kernels share is in the file too
+    shared = rf"from moe_kernels.ops.{room}.(\w+_triton) import \(.*?\)\n"
+    text = re.sub(shared, lambda found: (source / f"{found[1]}.py").read_text(), text, flags=re.DOTALL)
     assert out in text, "the kernel has changed: change the mutant with it"
     changed = folder / f"{room}_changed.py"
     text = text.replace(out, into, 1).replace("MAX_BLOCK_HIDDEN = 2048", "MAX_BLOCK_HIDDEN = 128")
+    text = text.replace("FEW_PAIRS = 512", "FEW_PAIRS = 64")
     # an op is defined once a process: the changed functions are called as they are
     text = text.replace("from moe_kernels._opaque import opaque", "opaque = lambda name, function: function")
     changed.write_text(text)
@@ -178,6 +207,8 @@ def use(monkeypatch, folder: Path, exercise: str, out: str = "", into: str = "")
         "unpack",
         "routed_lora",
         "lora halves",
+        "lora dropout",
+        "lora parts",
     ],  # fmt: skip
 )
 def test_unchanged_source_passes(exercise, monkeypatch, tmp_path):

@@ -499,3 +499,28 @@ def test_a_map_is_refused_once_its_adapter_has_whole_modules(tmp_path):
         served.use(["all"])
     with pytest.raises(ValueError, match="adapter's name must be none of the maps', got 'all'"):
         served.add("all", tmp_path / "one")
+
+
+def test_training_drops_what_the_adapters_say(tmp_path):
+    folders = {name: write(tmp_path / name, q_proj(), lora_dropout=0.5) for name in ("one", "two")}
+    model = Model().train()
+    served = load_peft_adapters(model, folders)
+    tokens = torch.randint(0, 30, (2, 7))
+    served.use(["one", "two"])
+    assert torch.equal(model(tokens), model(tokens))  # not trained: nothing is dropped
+    served.requires_grad_()
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()
+    assert torch.equal(model(tokens), model(tokens))
+    served.requires_grad_(False)
+    model.train()
+    assert torch.equal(model(tokens), model(tokens))
+    served.add("two", write(tmp_path / "other", q_proj()))
+    with pytest.raises(
+        ValueError, match=r"lora_dropout must be the same in all adapters to be trained, got \[0.0, 0.5\]"
+    ):
+        served.requires_grad_()
+    assert not any(parameter.requires_grad for parameter in served.parameters())
+    for name in folders:
+        served.evict(name)
+    served.requires_grad_()

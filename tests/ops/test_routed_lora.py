@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_kernels import bgmv, lora_expand, lora_shrink, prepare_routing, routed_lora, sgmv
-from moe_kernels.ops.routed_lora import native
+from moe_kernels.ops.routed_lora import autograd, native, reference
 from tests.ops.helpers import DTYPES, LOW_DTYPES, SLOW, check, check_exact, leaf, small_integers, strided
 
 GPU_KERNELS = ["triton-cpu", "triton-ptx", "triton-cuda"]
@@ -91,6 +91,34 @@ def test_packed_true_ranks(backend, kernel_id, dtype):
 
 
 @pytest.mark.on_gpus
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+def test_shared_rows_have_no_gradients(backend, activation):
+    starts, ranks = torch.tensor([0, 2, 9]).int(), torch.tensor([3, 2, -1]).int()
+    x, a, b = torch.randn(6, 5), torch.randn(4, 5), torch.randn(4, 7)
+    ids = torch.tensor([0, 1, -1, 1, 0, 1])
+
+    def op(a, b, starts=starts, ranks=ranks, backend=backend, x=x):
+        table = dict(ranks=ranks, rank_starts=starts, max_rank=3)
+        return routed_lora(x, a.to(x.dtype), b.to(x.dtype), ids, **table, activation=activation, backend=backend)
+
+    check(lambda x, backend: op(a, b, backend=backend, x=x), [x], backend)
+    for trained in ((leaf(a), b), (a, leaf(b))):
+        with pytest.raises(
+            ValueError, match=r"rank_starts must be rows of its own .*, got rows that adapters 0 and 1 share"
+        ):
+            op(*trained)
+        op(*trained, backend="reference").sum().backward()
+        with torch.no_grad():
+            op(*trained)
+    apart = torch.tensor([0, 3, 3]).int()
+    alone = op(leaf(a), b, apart, torch.tensor([3, 1, 0]).int())
+    apart[1] = 2  # a change that is seen
+    assert alone.requires_grad
+    with pytest.raises(ValueError, match="adapters 0 and 1 share"):
+        op(leaf(a), b, apart)
+
+
+@pytest.mark.on_gpus
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ranks_below_the_stacked_rank(backend, kernel_id, dtype):
     skip_slow(kernel_id, dtype=dtype)
@@ -104,10 +132,11 @@ def test_ranks_below_the_stacked_rank(backend, kernel_id, dtype):
 
 
 @pytest.mark.on_gpus
-def test_more_rows_than_a_launch_keeps(backend, kernel_id):
-    """Three adapters a token of up to 400 rows are 1200: two launches on a GPU."""
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_more_rows_than_are_multiplied_at_a_time(backend, kernel_id, top_k):
+    """64 on a GPU."""
     ranks = torch.tensor([400, 3, 130], dtype=torch.int32)
-    ids, weights = pairs(5, 3, 3)
+    ids, weights = pairs(5, 3, top_k)
     check(
         lambda x, a, b, w, base, backend: routed_lora(x, a, b, ids, w, base=base, ranks=ranks, backend=backend),
         [torch.randn(5, 6), torch.randn(3, 400, 6), torch.randn(3, 7, 400) / 20, weights, torch.randn(5, 7)],
@@ -116,7 +145,72 @@ def test_more_rows_than_a_launch_keeps(backend, kernel_id):
 
 
 @pytest.mark.on_gpus
-def test_more_adapters_than_programs(backend):
+@pytest.mark.parametrize("num_tokens, top_k", [(530, 1), (300, 2), (512, 1), (513, 1)])
+def test_many_pairs(backend, kernel_id, num_tokens, top_k):
+    """A GPU sorts them; up to 512 each program looks for its own. A token's bits are the same."""
+    skip_slow(kernel_id, kernel_id == "triton-cpu" and num_tokens > 512)
+    ids, weights = pairs(num_tokens, 3, top_k)
+    ids[40:90] = 1  # more than a tile of one adapter's side by side
+    ranks = torch.tensor([3, 5, 0], dtype=torch.int32)
+    x, a, b = torch.randn(num_tokens, 9), torch.randn(3, 5, 9), torch.randn(3, 20, 5)
+
+    def op(x, a, b, w, base, backend, ids=ids):
+        return routed_lora(x, a, b, ids, w, base=base, ranks=ranks, backend=backend)
+
+    tensors = [x, a, b, weights, torch.randn(num_tokens, 20)]
+    check(op, tensors, backend, backward=kernel_id == "native-cpu" or num_tokens == 300)
+    few = slice(30, 70)
+    alone = op(x[few], a, b, weights[few], tensors[4][few], backend, ids[few])
+    assert torch.equal(op(*tensors, backend)[few], alone)
+
+
+@pytest.mark.on_gpus
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_are_not_rounded_before_they_meet_b(backend, kernel_id, dtype, top_k):
+    """Two large products of which the last bits alone are left; as many bits as a kernel keeps of float32."""
+    skip_slow(kernel_id, dtype=dtype)
+    large = (0x401 * 32.0, 1.5) if dtype == torch.float16 else (float(0x810000), 512.0, 3.0)
+    x = torch.tensor([large]).to(dtype).expand(17, -1)
+    a = torch.ones(1, 2, len(large), dtype=dtype)
+    a[0, 1, 1:] = 0
+    b = torch.tensor([[1.0, -1.0], [-2.0, 2.0]], dtype=dtype)[None]
+    ids = torch.tensor([[0, -1]] * 17)[:, :top_k]
+    out = routed_lora(x, a, b, ids, backend=backend)
+    left = sum(large[1:])
+    assert torch.equal(out, torch.tensor([[left, -2 * left]] * 17).to(dtype))
+
+
+@pytest.mark.on_gpus
+@pytest.mark.parametrize("top_k", [1, 2])
+@pytest.mark.parametrize("dtype", LOW_DTYPES)
+def test_infinities(backend, kernel_id, dtype, top_k):
+    """An infinite product is infinite, not NaN; an infinite weight does not meet rows that are not there."""
+    x, a, b = torch.ones(5, 9, dtype=dtype), torch.ones(2, 3, 9, dtype=dtype), torch.ones(2, 20, 3, dtype=dtype)
+    x[1, 2], ranks = torch.inf, torch.tensor([2, 3], dtype=torch.int32)
+    ids, weights = torch.tensor([[0, 1]] * 5)[:, :top_k], torch.ones(5, top_k)
+    weights[3] = -torch.inf
+    out = routed_lora(x, a, b, ids, weights, ranks=ranks, backend=backend)
+    finite = 18.0 if top_k == 1 else 45.0
+    expected = torch.tensor([finite, torch.inf, finite, -torch.inf, finite]).to(dtype)
+    assert torch.equal(out, expected[:, None].expand(-1, 20))
+
+
+@pytest.mark.on_gpus
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_no_adapters(backend, top_k):
+    x, base, ids = torch.randn(6, 5), torch.randn(6, 7), torch.full((6, top_k), -1)
+    none = torch.zeros(0, dtype=torch.int32)
+    stacked = routed_lora(x, torch.randn(0, 2, 5), torch.randn(0, 7, 2), ids, base=base, backend=backend)
+    factors = [leaf(torch.randn(4, 5)), leaf(torch.randn(4, 7))]
+    packed = routed_lora(x, *factors, ids, base=base, ranks=none, rank_starts=none, max_rank=3, backend=backend)
+    assert torch.equal(stacked, base) and torch.equal(packed, base)
+    packed.sum().backward()
+    assert not factors[0].grad.any() and not factors[1].grad.any()
+
+
+@pytest.mark.on_gpus
+def test_more_adapters_than_tokens(backend):
     ids = torch.randint(-1, 150, (33,))
     check(
         lambda x, a, b, base, backend: routed_lora(x, a, b, ids, base=base, backend=backend),
@@ -422,6 +516,7 @@ def test_registration(backend):
     starts, ranks = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([3, 2], dtype=torch.int32)
     x, base, v = torch.randn(2, 6), torch.randn(2, 7), torch.randn(2, 2, 3)
     for factor, table in ((torch.randn(2, 3, 6), (None, None)), (torch.randn(5, 6), (starts, ranks))):
+        torch.library.opcheck(native.lora_dropout, (x, 0.5, torch.tensor(3)))
         torch.library.opcheck(native.lora_shrink, (x, factor, *table, ids, 3))
         num_rows = None if factor.dim() == 3 else 5
         torch.library.opcheck(native.lora_factor_grad, (v, x, *table, ids, 2, num_rows))
@@ -540,3 +635,176 @@ def test_sparse_compiles():
     for num_tokens in (5, 8):
         arguments = torch.randn(num_tokens, 20), torch.randint(-1, 3, (num_tokens,)), torch.randn(num_tokens, 9)
         assert torch.equal(compiled(*arguments), call(*arguments))
+
+
+# no element dropped although the rate is not 0; some; nearly all
+RATES = [2.0**-40, 0.3, 1 - 2.0**-24]
+
+
+@pytest.mark.on_gpus
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("seed", [0, 1, -3, 2**40 + 5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_is_the_same_everywhere(backend, kernel_id, dtype, seed, rate):
+    skip_slow(kernel_id, seed == 0, rate != 0.3 and seed != -3, kernel_id == "triton-ptx" and seed != -3)
+    x = torch.randn(5, 1101).to(dtype)
+    x[0, :4] = torch.tensor([torch.inf, -torch.inf, -0.0, torch.nan])
+    x[0, 4:8] = torch.finfo(dtype).smallest_normal / torch.tensor([1, -2, 4, -8])
+    x = strided(x)
+
+    def drop(x, seed):
+        return autograd.kernels(backend).lora_dropout(x, rate, torch.tensor(seed))
+
+    out, bits = drop(x, seed), {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    expected = reference.lora_dropout(x, rate, torch.tensor(seed))
+    assert torch.equal(out.view(bits), expected.contiguous().view(bits))
+    assert abs((out[1:] == 0).double().mean() - rate) < 0.05
+    # keyed by the place in x and the seed alone
+    assert torch.equal(drop(x[1:2, :9], seed), drop(x[1:], seed)[:1, :9])
+    if rate == 0.3:
+        assert not torch.equal(drop(x, seed + 2**32) == 0, out == 0)
+
+
+def test_dropout_is_philox():
+    x, seed = torch.ones(3, 10), torch.tensor(2**33 + 7)
+    block, token = torch.meshgrid(torch.arange(3), torch.arange(3), indexing="ij")
+    words = reference.philox((block, 0 * block, token, 0 * block), 7, 2)
+    kept = reference.lora_dropout(x, 0.5, seed) != 0
+    for i in range(10):
+        for t in range(3):
+            assert kept[t, i] == (words[i % 4][i // 4, t] >= 2**31)
+
+
+DROPOUT_CASES = {
+    "one launch": {},
+    "activation": dict(activation="silu"),
+    "rows a pair": {},
+    "factor": dict(combine="factor"),
+    "slices": {},
+}
+
+
+@pytest.mark.on_gpus
+@pytest.mark.parametrize("case", DROPOUT_CASES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout(backend, kernel_id, dtype, case):
+    skip_slow(kernel_id, dtype not in (torch.float32, torch.bfloat16), dtype != torch.float32 and case != "one launch")
+    ids, weights = pairs(11, 3, 2)
+    a, b = torch.randn(3, 4, 20).to(dtype), torch.randn(3, 9, 4).to(dtype)
+    x = torch.randn(*((11, 2, 20) if case == "rows a pair" else (11, 20))).to(dtype)
+
+    def op(x, a, b, w, base, backend, **dropout):
+        factors = ([a, 2 * a], [b[:, :5], b[:, 5:]]) if case == "slices" else (a, b)
+        return routed_lora(x, *factors, ids, w, base=base, **dropout, **DROPOUT_CASES[case], backend=backend)
+
+    tensors = [x, a, b, weights, torch.randn(11, 9).to(dtype)]
+    check(lambda *tensors, backend: op(*tensors, backend, dropout=0.4, seed=11), tensors, backend)
+    out = op(*tensors, backend, dropout=0.4, seed=11)
+    assert torch.equal(out, op(*tensors, backend, dropout=0.4, seed=torch.tensor(11)))
+    assert torch.equal(out, op(*tensors, backend, dropout=0.4, seed=11))
+    assert not torch.equal(out, op(*tensors, backend, dropout=0.4, seed=12))
+    assert not torch.equal(out, op(*tensors, backend))
+    assert torch.equal(op(*tensors, backend, dropout=0.0, seed=11), op(*tensors, backend))
+
+
+@pytest.mark.on_gpus
+def test_dropout_of_a_token_alone_and_among_others(backend, threads):
+    ids, weights = pairs(70, 5, 2)
+    x, a, b = torch.randn(70, 300), torch.randn(5, 16, 300), torch.randn(5, 130, 16)
+    together = routed_lora(x, a, b, ids, weights, dropout=0.5, seed=3, backend=backend)
+    for num_tokens in (1, 33, 69):
+        some = routed_lora(
+            x[:num_tokens], a, b, ids[:num_tokens], weights[:num_tokens], dropout=0.5, seed=3, backend=backend
+        )
+        assert torch.equal(some, together[:num_tokens])
+
+
+def test_dropout_does_not_depend_on_the_number_of_threads(backend):
+    ids, _ = pairs(300, 3, 2)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        leaves = [leaf(tensor) for tensor in (torch.ones(300, 600), torch.ones(3, 5, 600), torch.ones(3, 530, 5))]
+        out = routed_lora(*leaves, ids, dropout=0.5, seed=3, backend=backend)
+        out.square().sum().backward()
+        results.append([out, *(tensor.grad for tensor in leaves)])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+def test_dropout_gradcheck(backend, activation):
+    ids = torch.tensor([[0, -1], [2, 0], [1, 2], [-1, -1]])
+    tensors = torch.randn(4, 9), torch.randn(3, 2, 9), torch.randn(3, 5, 2), torch.randn(4, 2), torch.randn(4, 5)
+    inputs = [tensor.double().requires_grad_() for tensor in tensors]
+    assert torch.autograd.gradcheck(
+        lambda x, a, b, w, base: routed_lora(
+            x, a, b, ids, w, base=base, dropout=0.5, seed=5, activation=activation, backend=backend
+        ),
+        inputs,
+    )
+
+
+@pytest.mark.on_gpus
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+def test_dropout_saves_its_seed_alone(backend, activation):
+    x, a, b = (leaf(torch.randn(*size)) for size in ((6, 20), (2, 3, 20), (2, 9, 3)))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = routed_lora(
+            x, a, b, torch.tensor([0, 1, -1, 0, 1, 1]), dropout=0.5, seed=3, activation=activation, backend=backend
+        )
+    assert out.requires_grad
+    like_x = [tensor.data_ptr() for tensor in saved if tensor.shape == x.shape]
+    assert like_x and set(like_x) == {x.data_ptr()}
+
+
+@pytest.mark.on_gpus
+def test_dropout_compiles(backend):
+    a, b = torch.randn(3, 2, 6, requires_grad=True), torch.randn(3, 5, 2, requires_grad=True)
+
+    def op(x, ids, seed):
+        return routed_lora(x, a, b, ids, dropout=0.5, seed=seed, backend=backend)
+
+    compiled = torch.compile(op, fullgraph=True, dynamic=True)
+    for num_tokens, seed in ((3, 5), (7, 2**40), (7, torch.tensor(2)), (3, torch.tensor(-9))):
+        inputs = torch.randn(num_tokens, 6, requires_grad=True), torch.randint(-1, 3, (num_tokens, 2)), seed
+        out, expected = compiled(*inputs), op(*inputs)
+        assert torch.equal(out, expected)
+        leaves = (inputs[0], a, b)
+        grads, eager = (torch.autograd.grad(result.sum(), leaves) for result in (out, expected))
+        assert all(torch.equal(*pair) for pair in zip(grads, eager, strict=True))
+
+
+@pytest.mark.on_gpus
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+def test_dropout_of_nearly_everything(backend, activation):
+    """The few that are left count 64 times, down to the least of float16."""
+    x, a, b = (
+        torch.ones(1, 300).half(),
+        torch.full((1, 1, 300), 2.0**-20).half(),
+        torch.full((1, 5, 1), 2.0**-10).half(),
+    )
+    x, rate, ids = x.requires_grad_(), 1 - 2.0**-6, torch.tensor([0])
+    out = routed_lora(x, a, b, ids, scaling=1.0, dropout=rate, seed=8, activation=activation, backend=backend)
+    count = int((reference.lora_dropout(x, rate, torch.tensor(8)) != 0).sum())
+    assert 0 < count < 20 and torch.equal(out, torch.full((1, 5), count * 2.0**-24).half())
+    grad = torch.autograd.grad(out.sum(), x)[0]
+    assert torch.equal(grad != 0, reference.lora_dropout(x, rate, torch.tensor(8)) != 0)
+
+
+def test_dropout_with_bad_input():
+    x, a, b, ids = torch.randn(2, 6), torch.randn(3, 2, 6), torch.randn(3, 5, 2), torch.tensor([0, 1])
+    sparse = torch.zeros(3, 1).int(), torch.zeros(3, 1).int(), torch.zeros(3, 1)
+    bad = [
+        (ValueError, r"dropout must be in \[0, 1\), got 1.0", dict(dropout=1.0, seed=1)),
+        (ValueError, r"dropout must be in \[0, 1\), got -0.1", dict(dropout=-0.1, seed=1)),
+        (ValueError, r"dropout must be in \[0, 1\), got nan", dict(dropout=float("nan"), seed=1)),
+        (ValueError, "dropout must be 0 with sparse", dict(dropout=0.1, seed=1, sparse=sparse)),
+        (ValueError, "seed must be given with a dropout, got None", dict(dropout=0.1)),
+        (ValueError, r"seed must be in \[-2\*\*63, 2\*\*63\), got 9223372036854775808", dict(dropout=0.1, seed=2**63)),
+        (ValueError, r"seed must be of shape \[\], got", dict(dropout=0.1, seed=torch.tensor([1]))),
+        (TypeError, "seed must be torch.int64, got torch.int32", dict(dropout=0.1, seed=torch.tensor(1).int())),
+    ]
+    for error, message, arguments in bad:
+        with pytest.raises(error, match=f"routed_lora: {message}"):
+            routed_lora(x, a, b, ids, **arguments)

@@ -245,10 +245,31 @@ Tensor lora_factor_grad_cpu(const Tensor& v_in, const Tensor& x_in, const std::o
   return grad;
 }
 
+// out[t, i] = x[t, i], or zero with probability p: a function of the seed and of the place (t, i)
+Tensor lora_dropout_cpu(const Tensor& x_in, double p, const Tensor& seed) {
+  MOE_CHECK(x_in.dim() == 2, "lora_dropout: x must be of shape [num_tokens, in]");
+  MOE_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "lora_dropout: seed must be one int64");
+  MOE_CHECK(p >= 0 && p < 1, "lora_dropout: p must be in [0, 1), got ", p);
+  const Tensor x = with_contiguous_rows(x_in);
+  const int64_t num_tokens = x.size(0), length = x.size(1);
+  Tensor result = new_result(x, {num_tokens, length});
+  const uint64_t key = static_cast<uint64_t>(*data<int64_t>(seed));
+  const uint32_t below = static_cast<uint32_t>(p * 0x1p32);
+  dispatch_float("lora_dropout", x.scalar_type(), [&]<class T>() {
+    T* out = mutable_data<T>(result);
+    parallel_ranges(num_tokens, kTokensPerTask, [&](int64_t begin, int64_t end) {
+      for (int64_t t = begin; t < end; ++t)
+        microkernels<T>().dropout(data<T>(x) + t * x.stride(0), key, static_cast<uint64_t>(t), below, out + t * length, length);
+    });
+  });
+  return result;
+}
+
 }  // namespace
 }  // namespace moe
 
 STABLE_TORCH_LIBRARY_IMPL(moe_kernels, CPU, m) {
+  m.impl("lora_dropout", TORCH_BOX(&moe::lora_dropout_cpu));
   m.impl("lora_shrink", TORCH_BOX(&moe::lora_shrink_cpu));
   m.impl("lora_expand", TORCH_BOX(&moe::lora_expand_cpu));
   m.impl("lora_factor_grad", TORCH_BOX(&moe::lora_factor_grad_cpu));

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_kernels import balance_loss, route, routed_lora
+from moe_kernels.nn.multi_lora import dropout_of
 
 
 class MixLoRAFeedForward(nn.Module):
@@ -17,6 +18,7 @@ class MixLoRAFeedForward(nn.Module):
             are.
         rank: of every adapter; a new expert is the dense layer (its B is zero).
         scaling: s.
+        dropout: of the input of each of the three adapters in training mode; the router and the base see all of it.
     """
 
     def __init__(
@@ -29,13 +31,14 @@ class MixLoRAFeedForward(nn.Module):
         *,
         rank: int = 8,
         scaling: float = 2.0,
+        dropout: float = 0.0,
     ):
         super().__init__()
         for name, layer in (("gate_proj", gate_proj), ("up_proj", up_proj), ("down_proj", down_proj)):
             if layer.bias is not None:
                 raise ValueError(f"MixLoRAFeedForward: {name} must be a Linear without bias, got one with a bias")
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
-        self.top_k, self.scaling = top_k, scaling
+        self.top_k, self.scaling, self.dropout = top_k, scaling, dropout
         self._choice: tuple[Tensor, Tensor] | None = None
         hidden, like = gate_proj.in_features, dict(dtype=gate_proj.weight.dtype, device=gate_proj.weight.device)
         self.router = nn.Linear(hidden, num_experts, bias=False, **like)
@@ -67,10 +70,13 @@ class MixLoRAFeedForward(nn.Module):
 
         def pairs(name: str, base: Tensor) -> Tensor:  # [num_tokens, top_k, intermediate]
             factors = self.lora_a[name], self.lora_b(name)
-            return base[:, None] + routed_lora(tokens, *factors, ids, scaling=self.scaling, reduce=False)
+            delta = routed_lora(tokens, *factors, ids, scaling=self.scaling, reduce=False, **dropout_of(self, tokens))
+            return base[:, None] + delta
 
         act = nn.functional.silu(pairs("gate", self.gate_proj(tokens))) * pairs("up", self.up_proj(tokens))
         mixed = (act * weights.to(act.dtype)[..., None]).sum(1)
         factors = self.lora_a["down"], self.lora_b("down")
-        out = routed_lora(act, *factors, ids, weights, scaling=self.scaling, base=self.down_proj(mixed))
+        out = routed_lora(
+            act, *factors, ids, weights, scaling=self.scaling, base=self.down_proj(mixed), **dropout_of(self, act)
+        )
         return out.reshape(x.shape)

@@ -58,6 +58,16 @@ class AdapterRouting:
         return ids, weights
 
 
+def dropout_of(module: nn.Module, x: Tensor) -> dict:
+    """What ``routed_lora`` is told of a module's dropout: in training mode, with a new seed of torch's generator.
+
+    A tensor on the device of ``x``: nothing waits for a GPU, and a checkpoint's second forward draws the same.
+    """
+    if not module.training or module.dropout == 0:
+        return {}
+    return dict(dropout=module.dropout, seed=torch.randint(2**63 - 1, (), device=x.device))
+
+
 class MultiLoRALinear(nn.Module):
     """A linear layer whose tokens each use their own adapters: ``y = W x + b + sum_k w_k s_k B_k A_k x``.
 
@@ -67,11 +77,13 @@ class MultiLoRALinear(nn.Module):
         base_layer: the layer to wrap; its weight stays as it is.
         pool: the adapters of this layer.
         routing: who uses which; one object for all layers of a model.
+        dropout: of the adapters' input in training mode (PEFT's ``lora_dropout``); of DoRA's, the adapters' product
+            alone, while PEFT's base product sees it too.
     """
 
-    def __init__(self, base_layer: nn.Linear, pool: AdapterPool, routing: AdapterRouting):
+    def __init__(self, base_layer: nn.Linear, pool: AdapterPool, routing: AdapterRouting, *, dropout: float = 0.0):
         super().__init__()
-        self.base_layer, self.pool, self.routing = base_layer, pool, routing
+        self.base_layer, self.pool, self.routing, self.dropout = base_layer, pool, routing, dropout
 
     @property
     def weight(self) -> Tensor:
@@ -100,6 +112,7 @@ class MultiLoRALinear(nn.Module):
             max_rank=pool.max_rank,
             row_scale=pool.row_scale,
             base=base.flatten(0, -2),
+            **dropout_of(self, x),
         ).reshape(base.shape)
         return out + bias if apart else out
 

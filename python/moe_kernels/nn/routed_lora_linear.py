@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moe_kernels import balance_loss, localized_balance_loss, route, routed_lora
 from moe_kernels._checks import shape_error, value_error
+from moe_kernels.nn.multi_lora import dropout_of
 
 
 class RoutedLoRALinear(nn.Module):
@@ -18,6 +19,7 @@ class RoutedLoRALinear(nn.Module):
         router: module from tokens [num_tokens, in] to adapter_ids and adapter_weights [num_tokens, top_k].
         scaling: [num_adapters] or a number.
         combine: see :func:`moe_kernels.routed_lora`.
+        dropout: of the adapters' input in training mode (PEFT's ``lora_dropout``); the router sees all of it.
     """
 
     def __init__(
@@ -29,9 +31,10 @@ class RoutedLoRALinear(nn.Module):
         *,
         scaling: Tensor | float = 1.0,
         combine: str = "output",
+        dropout: float = 0.0,
     ):
         super().__init__()
-        self.base_layer, self.router, self.combine = base_layer, router, combine
+        self.base_layer, self.router, self.combine, self.dropout = base_layer, router, combine, dropout
         self.lora_a = nn.Parameter(lora_a)
         # in memory [num_adapters, rank, out], which the kernels read in place
         self.lora_b_rows = nn.Parameter(lora_b.transpose(1, 2).contiguous())
@@ -46,7 +49,7 @@ class RoutedLoRALinear(nn.Module):
         ids, weights = self.router(tokens)
         out = routed_lora(
             tokens, self.lora_a, self.lora_b, ids, weights, scaling=self.scaling, base=base.flatten(0, -2),
-            combine=self.combine,
+            combine=self.combine, **dropout_of(self, x),
         )  # fmt: skip
         return out.reshape(base.shape)
 

@@ -111,14 +111,25 @@ class PeftAdapters:
     def requires_grad_(self, requires_grad: bool = True) -> "PeftAdapters":
         """Whether the adapters are trained. DoRA's magnitudes are not: its row scale is made when it is loaded.
 
+        Linear layers in training mode then drop elements of the adapters' input at the adapters' ``lora_dropout``.
+
         Raises:
-            ValueError: a DoRA adapter is loaded and would be trained.
+            ValueError: a DoRA adapter is loaded and would be trained, or adapters differ in ``lora_dropout``.
         """
         for name, adapter in self._adapters.items():
             if requires_grad and any(module.magnitude is not None for module in adapter.modules.values()):
                 raise ValueError(
                     f"PeftAdapters: adapter {name!r} must be without DoRA to be trained, got use_dora=True"
                 )
+        rates = sorted({adapter.config.get("lora_dropout") or 0.0 for adapter in self._adapters.values()})
+        if requires_grad and len(rates) > 1:
+            raise ValueError(
+                f"PeftAdapters: lora_dropout must be the same in all adapters to be trained, got {rates}; set it in "
+                "their adapter_config.json"
+            )
+        for layer in self._layers.values():
+            if isinstance(layer, MultiLoRALinear):
+                layer.dropout = rates[0] if requires_grad and rates else 0.0
         for parameter in self.parameters():
             parameter.requires_grad_(requires_grad)
         return self

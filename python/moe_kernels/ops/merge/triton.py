@@ -22,13 +22,14 @@ def _divide(a, b, ACC: tl.constexpr):
 
 
 @triton.jit
-def _random_bits(key, first, BLOCK: tl.constexpr):
-    """[BLOCK] uint32 of the elements from ``first``, a multiple of 4, on: one block of Philox serves four."""
+def random_bits(key, row, first, BLOCK: tl.constexpr):
+    """[BLOCK] uint32 of a row's elements from ``first``, a multiple of 4, on: one block of Philox serves four."""
     at = first // 4 + tl.arange(0, BLOCK // 4)
     zero = tl.zeros((BLOCK // 4,), tl.uint32)
     low, high = (at & 0xFFFFFFFF).to(tl.uint32), (at >> 32).to(tl.uint32)
+    row_low, row_high = (row & 0xFFFFFFFF).to(tl.uint32), (row >> 32).to(tl.uint32)
     key_low, key_high = (key & 0xFFFFFFFF).to(tl.uint32), ((key >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    a, b, c, d = philox_impl(low, high, zero, zero, key_low + zero, key_high + zero)
+    a, b, c, d = philox_impl(low, high, row_low + zero, row_high + zero, key_low + zero, key_high + zero)
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK,))
 
 
@@ -63,7 +64,7 @@ def _term(
     kept &= (magnitude < upper) | ((magnitude == upper) & (elements >= tl.load(bounds + 3)))
     kept |= (lower == 0) & (upper == 0x7FFFFFFF)  # no bounds: NaN stays
     if HAS_RANDOM:
-        kept &= _random_bits(tl.load(key_ptr), first, BLOCK).to(tl.int64) < tl.load(bounds + 4)
+        kept &= random_bits(tl.load(key_ptr), tl.full((), 0, tl.int64), first, BLOCK).to(tl.int64) < tl.load(bounds + 4)
     t = _divide(tl.where(kept, t, 0.0), tl.load(factors), ACC)
     return tl.where(valid, t * tl.load(factors + 1), 0.0)
 

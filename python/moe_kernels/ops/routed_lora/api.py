@@ -1,10 +1,12 @@
 """Public functions of routed LoRA: :func:`routed_lora` and its halves :func:`lora_shrink`, :func:`lora_expand`."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from moe_kernels._checks import (
     FLOAT_DTYPES,
@@ -20,6 +22,8 @@ from moe_kernels.ops.routed_lora import autograd, native, reference
 
 RankActivation = Literal["identity", "relu", "silu", "gelu", "softmax"]
 _RANK_ACTIVATIONS = ("identity", "relu", "silu", "gelu", "softmax")
+# rank_starts -> the versions of the tables in which no two adapters share rows
+_rows_apart = WeakTensorKeyDictionary()
 
 
 def routed_lora(
@@ -41,6 +45,8 @@ def routed_lora(
     base_gate: Tensor | None = None,
     sparse: tuple[Tensor, Tensor, Tensor] | None = None,
     reduce: bool = True,
+    dropout: float = 0.0,
+    seed: int | Tensor | None = None,
     backend: Backend = "auto",
 ) -> Tensor:
     """Adds each token's low-rank adapters, weighted, to its base output.
@@ -73,7 +79,8 @@ def routed_lora(
         scaling: [num_adapters] or a number, ``alpha / rank`` as a rule; None scales by 1.
         ranks: [num_adapters] int32, how many rows of its factor an adapter uses; -1 marks a slot without adapter. None:
             all of them.
-        rank_starts: [num_adapters] int32, the first packed row of each adapter; needs ``ranks``.
+        rank_starts: [num_adapters] int32, the first packed row of each adapter; needs ``ranks``. Adapters may share
+            rows where the factors need no gradients, and with ``backend="reference"``.
         max_rank: the most rows of any packed adapter; None reads it from ``ranks``, which waits for a GPU.
         base: [num_tokens, out], dtype of ``x``; None adds to zero.
         activation: what happens to the rank's vector between the factors ("relu" gives bottleneck adapters, "softmax"
@@ -84,6 +91,13 @@ def routed_lora(
         sparse: rows and columns, int32 or int64 in [0, out) and [0, in), and values, dtype of ``x``, each
             [num_adapters, num_entries]; an entry named twice counts twice. Not with "factor", ``row_scale``, slices or
             ``reduce=False``. It is composed of PyTorch's indexing on every backend.
+        dropout: probability in [0, 1) with which an element of ``x`` is zero for the adapters; the others are divided
+            by ``1 - dropout``, as ``torch.nn.functional.dropout`` does, but in the sums' precision. The base is the
+            caller's. A row of ``x`` has one mask for all its adapters and slices, a function of the seed and the
+            element's place in ``x`` alone (Philox4x32-10, Salmon et al., SC 2011): every backend has the same, and
+            backward makes it again from the seed instead of saving it. Not with ``sparse``.
+        seed: needed with a dropout, another in each step and layer: an int in [-2**63, 2**63), or a tensor [] of int64
+            on the device of ``x``, which a captured CUDA graph reads anew.
         backend: see :mod:`moe_kernels`.
 
     Returns:
@@ -103,7 +117,7 @@ def routed_lora(
         return _slices(
             x, lora_a, lora_b, adapter_ids, adapter_weights, base, reduce, row_scale, diagonal,
             scaling=scaling, ranks=ranks, rank_starts=rank_starts, max_rank=max_rank, combine=combine,
-            activation=activation, base_gate=base_gate, backend=backend,
+            activation=activation, base_gate=base_gate, dropout=dropout, seed=seed, backend=backend,
         )  # fmt: skip
     op = "routed_lora"
     check_tensor(op, "x", x)
@@ -138,8 +152,11 @@ def routed_lora(
     )  # fmt: skip
     if base_gate is not None:
         base = (base * base_gate[:, None]).to(x.dtype)
+    seed = _check_dropout(op, dropout, seed, sparse, x)
     backend = resolve(op, backend, x.device.type)
     if backend == "reference":
+        if seed is not None:
+            x = reference.lora_dropout(x.flatten(0, -2), dropout, seed).reshape(x.shape) / (1 - dropout)
         pair_rows = x if x.dim() == 3 else x[:, None].expand(-1, top_k, -1)
         return reference.routed_lora(
             pair_rows, lora_a, lora_b, adapter_ids, adapter_weights, scaling,
@@ -149,12 +166,17 @@ def routed_lora(
     table = (rank_starts, ranks)
     plain = combine == "output" and activation == "identity" and diagonal is None and row_scale is None and reduce
     if backend == "triton" and plain and x.dim() == 2 and sparse is None:
-        return _fused(backend, x, lora_a, lora_b, table, adapter_ids, adapter_weights, scaling, base, max_rank)
-    if x.dim() == 3:
-        v = _shrink(backend, x.flatten(0, 1), lora_a, *table, adapter_ids.reshape(-1, 1), max_rank)
-        v = v.reshape(num_tokens, top_k, max_rank)
-    else:
-        v = _shrink(backend, x, lora_a, *table, adapter_ids, max_rank)
+        if seed is not None:  # what the kept elements are divided by
+            scaling = 1.0 if scaling is None else scaling.to(native.accumulator(x.dtype))
+            scaling = _check_scaling(op, scaling / (1 - dropout), num_adapters, x)
+        return _fused(
+            backend, x, lora_a, lora_b, *table, adapter_ids, adapter_weights, scaling, base, max_rank, dropout, seed
+        )
+    ids_of_rows = adapter_ids if x.dim() == 2 else adapter_ids.reshape(-1, 1)
+    v = _shrink(backend, x.flatten(0, -2), lora_a, *table, ids_of_rows, max_rank, dropout, seed)
+    v = v.reshape(num_tokens, top_k, max_rank)
+    if seed is not None:
+        v = v / (1 - dropout)
     if sparse is not None:  # only now: lora_shrink has refused ids that name no adapter
         base = _add_sparse(x, adapter_ids, adapter_weights, rows, columns, values, base, out_features)
     if combine == "factor":
@@ -215,7 +237,7 @@ def lora_shrink(
     backend = resolve(op, backend, x.device.type)
     if backend == "reference":
         return reference.lora_shrink(x, lora_a, rank_starts, ranks, adapter_ids, max_rank)
-    return _shrink(backend, x, lora_a, rank_starts, ranks, adapter_ids, max_rank)
+    return _shrink(backend, x, lora_a, rank_starts, ranks, adapter_ids, max_rank, 0.0, None)
 
 
 def lora_expand(
@@ -309,24 +331,51 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _shrink(backend: str, x: Tensor, factor: Tensor, *arguments) -> Tensor:
+def _shrink(backend: str, x, factor, rank_starts, ranks, adapter_ids, max_rank: int, dropout: float, seed) -> Tensor:
+    arguments = (factor, rank_starts, ranks, adapter_ids, max_rank)
     if _needs_grad(x, factor):
-        return autograd.LoraShrink.apply(x, factor, *arguments, backend)
-    return autograd.kernels(backend).lora_shrink(x, factor, *arguments)
+        _check_rows_apart("lora_shrink", rank_starts, ranks, factor)
+        return autograd.LoraShrink.apply(x, *arguments, dropout, seed, backend)
+    return autograd.kernels(backend).lora_shrink(autograd.dropped(backend, x, dropout, seed), *arguments)
 
 
 def _expand(backend: str, v, factor, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base) -> Tensor:
     arguments = (v, factor, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base)
     if _needs_grad(v, factor, adapter_weights, scaling, base):
+        _check_rows_apart("lora_expand", rank_starts, ranks, factor)
         return autograd.LoraExpand.apply(*arguments, backend)
     return autograd.kernels(backend).lora_expand(*arguments)
 
 
-def _fused(backend: str, x, lora_a, lora_b, table, adapter_ids, adapter_weights, scaling, base, max_rank) -> Tensor:
-    arguments = (x, lora_a, lora_b, *table, adapter_ids, adapter_weights, scaling, base, max_rank)
+def _fused(
+    backend: str, x, lora_a, lora_b, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base, max_rank: int,
+    dropout: float, seed,
+) -> Tensor:  # fmt: skip
+    arguments = (lora_a, lora_b, rank_starts, ranks, adapter_ids, adapter_weights, scaling, base, max_rank)
     if _needs_grad(x, lora_a, lora_b, adapter_weights, scaling, base):
-        return autograd.RoutedLora.apply(*arguments, backend)
-    return autograd.kernels(backend).routed_lora(*arguments, False)[0]
+        _check_rows_apart("routed_lora", rank_starts, ranks, lora_a, lora_b)
+        return autograd.RoutedLora.apply(x, *arguments, dropout, seed, backend)
+    return autograd.kernels(backend).routed_lora(autograd.dropped(backend, x, dropout, seed), *arguments, False)[0]
+
+
+def _check_rows_apart(op: str, rank_starts: Tensor | None, ranks: Tensor | None, *factors: Tensor) -> None:
+    """Raises where adapters share packed rows that need a gradient: each would write its own there.
+
+    Asks a GPU once for each change of the tables, and neither a captured graph nor a compiled one.
+    """
+    if rank_starts is None or torch.compiler.is_compiling() or not any(factor.requires_grad for factor in factors):
+        return
+    versions = (rank_starts._version, ranks.data_ptr(), ranks._version)
+    if _rows_apart.get(rank_starts) == versions or (ranks.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    table = zip(rank_starts.tolist(), ranks.tolist(), strict=True)
+    used = sorted((start, start + rank, e) for e, (start, rank) in enumerate(table) if rank > 0)
+    for (_, end, first), (start, _, second) in itertools.pairwise(used):
+        if start < end:
+            expected = "rows of its own for each adapter whose factors need gradients"
+            actual = f"rows that adapters {first} and {second} share"
+            raise value_error(op, "rank_starts", expected, actual, "use backend='reference' or do not train them")
+    _rows_apart[rank_starts] = versions
 
 
 def _check_pairs(op: str, x: Tensor, adapter_ids: Tensor, adapter_weights: Tensor | None):
@@ -431,6 +480,28 @@ def _check_epilogue(
         raise shape_error(op, "row_scale", f"[num_adapters={num_adapters}, out={lora_b.shape[-1]}]", row_scale)
     if base_gate is not None and base_gate.shape != x.shape[:1]:
         raise shape_error(op, "base_gate", f"[num_tokens={x.shape[0]}]", base_gate)
+
+
+def _check_dropout(op: str, dropout: float, seed: int | Tensor | None, sparse, x: Tensor) -> Tensor | None:
+    """The seed as a tensor beside x; None without a dropout."""
+    if not 0 <= dropout < 1:
+        raise value_error(op, "dropout", "in [0, 1)", dropout)
+    if dropout == 0:
+        return None
+    if sparse is not None:
+        raise value_error(op, "dropout", "0 with sparse", dropout)
+    if seed is None:
+        raise value_error(op, "seed", "given with a dropout", None, "pass another in each step and layer")
+    if not isinstance(seed, Tensor):
+        if not -(2**63) <= seed < 2**63:
+            raise value_error(op, "seed", "in [-2**63, 2**63)", seed)
+        return torch.full((), seed, dtype=torch.int64, device=x.device)
+    if seed.dim() != 0:
+        raise shape_error(op, "seed", "[]", seed)
+    if seed.dtype != torch.int64:
+        raise dtype_error(op, "seed", torch.int64, seed)
+    check_same_device(op, x=x, seed=seed)
+    return seed
 
 
 def _check_sparse(op, combine, row_scale, reduce, rows, columns, values, x, num_adapters, out_features) -> None:

@@ -1,4 +1,4 @@
-"""Gradients of a LoRA product: of its two halves, each made of the other, and of both in one launch."""
+"""Gradients of a LoRA product: of its two halves, each made of the other, and of both in one op."""
 
 import torch
 from torch import Tensor
@@ -14,6 +14,11 @@ def kernels(backend: str):
     from moe_kernels.ops.routed_lora import triton
 
     return triton
+
+
+def dropped(backend: str, x: Tensor, dropout: float, seed: Tensor | None) -> Tensor:
+    """x, or what dropout leaves of it, not rescaled. Made again wherever it is needed."""
+    return x if seed is None else kernels(backend).lora_dropout(x, dropout, seed)
 
 
 def _factor_grad(
@@ -54,28 +59,40 @@ class _Pairs:
 class LoraShrink(torch.autograd.Function):
     """``grad_x = sum_k sum_j grad_v[k, j] * row_j``, ``grad_row_j = sum grad_v[j] * x``.
 
-    Saves the input only where the factor's gradient is needed.
+    Saves the input only where the factor's gradient is needed, and of a dropout its rate and seed.
     """
 
     @staticmethod
     def forward(
-        ctx, x: Tensor, factor: Tensor, rank_starts, ranks, adapter_ids: Tensor, max_rank: int, backend: str
+        ctx,
+        x: Tensor,
+        factor: Tensor,
+        rank_starts: Tensor | None,
+        ranks: Tensor | None,
+        adapter_ids: Tensor,
+        max_rank: int,
+        dropout: float,
+        seed: Tensor | None,
+        backend: str,
     ) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, factor, rank_starts, ranks, adapter_ids)
-        ctx.backend = backend
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, factor, rank_starts, ranks, adapter_ids, seed)
+        ctx.dropout, ctx.backend = dropout, backend
+        x = dropped(backend, x, dropout, seed)
         return kernels(backend).lora_shrink(x, factor, rank_starts, ranks, adapter_ids, max_rank)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_v: Tensor):
-        x, factor, rank_starts, ranks, adapter_ids = ctx.saved_tensors
+        x, factor, rank_starts, ranks, adapter_ids, seed = ctx.saved_tensors
         grad_x = grad_factor = None
         if ctx.needs_input_grad[0]:
             expand = kernels(ctx.backend).lora_expand
             grad_x = expand(grad_v, factor, rank_starts, ranks, adapter_ids, None, None, None)
+            grad_x = dropped(ctx.backend, grad_x, ctx.dropout, seed)
         if ctx.needs_input_grad[1]:
+            x = dropped(ctx.backend, x, ctx.dropout, seed)
             grad_factor = _factor_grad(ctx.backend, grad_v, x, factor, rank_starts, ranks, adapter_ids)
-        return grad_x, grad_factor, None, None, None, None, None
+        return grad_x, grad_factor, None, None, None, None, None, None, None
 
 
 class LoraExpand(torch.autograd.Function):
@@ -123,7 +140,7 @@ class LoraExpand(torch.autograd.Function):
 
 
 class RoutedLora(torch.autograd.Function):
-    """Both halves in one launch, and in another the same product with the factors exchanged:
+    """Both halves in one op, and in another call the same product with the factors exchanged:
 
     ``grad_x[t] = sum_k c * A_e^T u[t, k]`` with ``u[t, k] = B_e^T grad_out[t]``; then ``grad_A_j = sum c * u[j] * x``,
     ``grad_B_j = sum c * v[j] * grad_out``, and the weights' and scaling's gradients from ``<u, v>``.
@@ -145,21 +162,24 @@ class RoutedLora(torch.autograd.Function):
         scaling: Tensor | None,
         base: Tensor | None,
         max_rank: int,
+        dropout: float,
+        seed: Tensor | None,
         backend: str,
     ) -> Tensor:
-        _, need_a, need_b, _, _, _, need_weights, need_scaling, _, _, _ = ctx.needs_input_grad
+        _, need_a, need_b, _, _, _, need_weights, need_scaling, *_ = ctx.needs_input_grad
         save = need_b or need_weights or need_scaling
         routing = (rank_starts, ranks, adapter_ids, adapter_weights, scaling)
-        out, v = kernels(backend).routed_lora(x, lora_a, lora_b, *routing, base, max_rank, save)
-        ctx.save_for_backward(x if need_a else None, lora_a, lora_b, *routing, v if save else None)
-        ctx.max_rank, ctx.backend = max_rank, backend
+        kept = dropped(backend, x, dropout, seed)
+        out, v = kernels(backend).routed_lora(kept, lora_a, lora_b, *routing, base, max_rank, save)
+        ctx.save_for_backward(x if need_a else None, lora_a, lora_b, *routing, v if save else None, seed)
+        ctx.max_rank, ctx.dropout, ctx.backend = max_rank, dropout, backend
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out: Tensor):
-        x, lora_a, lora_b, rank_starts, ranks, adapter_ids, adapter_weights, scaling, v = ctx.saved_tensors
-        need_x, need_a, need_b, _, _, _, need_weights, need_scaling, need_base, _, _ = ctx.needs_input_grad
+        x, lora_a, lora_b, rank_starts, ranks, adapter_ids, adapter_weights, scaling, v, seed = ctx.saved_tensors
+        need_x, need_a, need_b, _, _, _, need_weights, need_scaling, need_base, *_ = ctx.needs_input_grad
         table = (rank_starts, ranks, adapter_ids)
         run, of_factor = kernels(ctx.backend), (grad_out, lora_b, *table)
         grad_x = grad_a = grad_b = grad_weights = grad_scaling = u = None
@@ -168,6 +188,7 @@ class RoutedLora(torch.autograd.Function):
             grad_x, u = run.routed_lora(
                 grad_out, lora_b, lora_a, *table, adapter_weights, scaling, None, ctx.max_rank, need_u
             )
+            grad_x = dropped(ctx.backend, grad_x, ctx.dropout, seed)
         elif need_u:
             u = run.lora_shrink(*of_factor, ctx.max_rank)
         like = u if v is None else v
@@ -177,8 +198,9 @@ class RoutedLora(torch.autograd.Function):
             grad_weights = pairs.grad_weights(inner) if need_weights else None
             grad_scaling = pairs.grad_scaling(inner) if need_scaling else None
         if need_a:
+            x = dropped(ctx.backend, x, ctx.dropout, seed)
             grad_a = _factor_grad(ctx.backend, pairs.times(u), x, lora_a, *table)
         if need_b:
             grad_b = _factor_grad(ctx.backend, pairs.times(v), grad_out, lora_b, *table)
         grad_base = grad_out if need_base else None
-        return grad_x, grad_a, grad_b, None, None, None, grad_weights, grad_scaling, grad_base, None, None
+        return grad_x, grad_a, grad_b, None, None, None, grad_weights, grad_scaling, grad_base, None, None, None, None

@@ -17,13 +17,15 @@ torch.library.define(
     "(Tensor v, Tensor x, Tensor? rank_starts, Tensor? ranks, Tensor adapter_ids, SymInt num_adapters, "
     "SymInt? num_rows) -> Tensor",
 )
-# both halves in one launch, on a GPU. v, the product with A, is of rank 0 where it is not saved
+torch.library.define("moe_kernels::lora_dropout", "(Tensor x, float p, Tensor seed) -> Tensor")
+# both halves in one op, on a GPU. v, the product with A, is of rank 0 where it is not saved
 torch.library.define(
     "moe_kernels::routed_lora",
     "(Tensor x, Tensor lora_a, Tensor lora_b, Tensor? rank_starts, Tensor? ranks, Tensor adapter_ids, "
     "Tensor? adapter_weights, Tensor? scaling, Tensor? base, SymInt max_rank, bool save) -> (Tensor out, Tensor v)",
 )
 
+lora_dropout = torch.ops.moe_kernels.lora_dropout.default
 lora_shrink = torch.ops.moe_kernels.lora_shrink.default
 lora_expand = torch.ops.moe_kernels.lora_expand.default
 lora_factor_grad = torch.ops.moe_kernels.lora_factor_grad.default
@@ -32,6 +34,11 @@ lora_factor_grad = torch.ops.moe_kernels.lora_factor_grad.default
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which products of ``dtype`` are added, and that of the r-vectors between shrink and expand."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("moe_kernels::lora_dropout")
+def _(x: Tensor, p: float, seed: Tensor):
+    return x.new_empty(x.shape)
 
 
 @torch.library.register_fake("moe_kernels::lora_shrink")

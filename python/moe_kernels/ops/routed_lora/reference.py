@@ -6,6 +6,8 @@ Factors are rows: ``lora_a`` [..., in], ``lora_b`` [..., out], stacked [num_adap
 import torch
 from torch import Tensor
 
+from moe_kernels.ops.route.reference import philox
+
 
 def check_ids(op: str, adapter_ids: Tensor, num_adapters: int, ranks: Tensor | None) -> None:
     """Raises where an id names no adapter; the kernels say the same."""
@@ -42,6 +44,17 @@ def gather_rows(factor: Tensor, rank_starts: Tensor | None, adapter_ids: Tensor,
         index = rank_starts[ids].long()[..., None] + torch.arange(max_rank, device=factor.device)
         rows = factor[torch.where(mask, index, 0)]
     return torch.where(mask.reshape(*mask.shape, *[1] * (rows.dim() - mask.dim())), rows, 0)
+
+
+def lora_dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    """x, or zero where word i % 4 of Philox4x32-10 at (i // 4, t), of 64 bits each, is less than p * 2**32."""
+    num_tokens, length = x.shape
+    block = torch.arange(-(-length // 4), device=x.device).expand(num_tokens, -1)
+    token = torch.arange(num_tokens, device=x.device)[:, None].expand_as(block)
+    low = 0xFFFFFFFF
+    counter = (block & low, block >> 32, token & low, token >> 32)
+    words = torch.stack(philox(counter, seed & low, seed >> 32 & low), 2).flatten(1)
+    return torch.where(words[:, :length] < int(p * 2**32), 0, x)
 
 
 def lora_shrink(
