@@ -23,7 +23,7 @@ CUDA_OPS = frozenset(
 )
 TRITON_OPS = CUDA_OPS | {
     "grouped_gemm", "expert_ffn with gradients", "routed_lora", "lora_shrink", "lora_expand", "merge", "ternary_linear",
-    "decompress",
+    "decompress", "fuse_logits",
 }  # fmt: skip
 #: of CUDA_OPS, those whose kernels are for compute capability 9.0 (H100, H200) alone
 SM90_OPS = frozenset({"expert_ffn"})
