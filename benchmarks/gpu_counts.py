@@ -12,9 +12,14 @@ conflicts        shared-memory wavefronts beyond one for each phase
 Task vectors (--op task_vector), of 256 x 1024 elements: one or eight of 20 % density are added to a weight in bfloat16,
 and decoded from packed bytes. Floors: planes or packed bytes read, planes written, all weights read and written.
 
+Fused logits (--op logit_fusion), of three sources: one row of Llama 2's vocabulary and one of Qwen2.5's. Floor:
+each source read and the result written, once.
+
 What lies above the floor in ours: permute reads a token once for each of its rows, top_k times in all, of which DRAM
 serves one (memory) and L2 the others; a plan of more than one tile (2048 pairs) reads the ids twice and keeps a table
 of tiles by experts; conflicts are the plan's counters, which lie where the experts are.
+Log-probabilities are written as they are beside their block's largest, then read and written once more; a mixture reads
+its sources for their sums first; a filter of the result fuses twice.
 The decoder asks for an octet a thread, and for 4096 elements whatever a block holds.
 
 Peers take part where they can be imported: ``pip install --no-deps --target DIR liger-kernel moe-ops`` and ``DIR`` on
@@ -43,7 +48,17 @@ from torch import Tensor  # noqa: E402
 from benchmarks.harness import check, commit  # noqa: E402
 from benchmarks.providers.base import installed_version  # noqa: E402
 from benchmarks.shapes import SHAPES, LayerShape  # noqa: E402
-from moe_kernels import apply_, compress, decompress, permute, plan_dispatch, route, unpermute  # noqa: E402
+from moe_kernels import (  # noqa: E402
+    TokenFilter,
+    apply_,
+    compress,
+    decompress,
+    fuse_logits,
+    permute,
+    plan_dispatch,
+    route,
+    unpermute,
+)
 from tests.gpu import ptx_ops, triton_on_ptx  # noqa: E402
 
 
@@ -178,6 +193,36 @@ def task_vector_cells(dtype: torch.dtype):
         yield Cell(f"decompress {density:.0%}", one.nbytes + planes, calls, right)
 
 
+def logit_cells(dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    for vocab_size in (32_000, 151_936):
+        sources = [(3 * torch.randn(1, vocab_size, generator=generator)).to(dtype) for _ in range(3)]
+        draw, min_p = dict(out="sample", request_ids=torch.arange(1), seed=0), TokenFilter(min_p=0.1)
+        for what, arguments in (
+            ("log_probs", {}),
+            ("logits", dict(out="logits")),
+            ("argmax", dict(out="argmax")),
+            ("sample", draw),
+            ("sample, masked", dict(mask=min_p) | draw),
+            ("sample, filtered", dict(keep=min_p) | draw),
+            ("sample, mixture", dict(mode="mixture") | draw),
+        ):
+            weights = [0.5, 0.3, 0.2] if "mode" in arguments else [1.0, 0.7, -0.7]
+
+            def fused(backend, inputs=sources, weights=weights, arguments=arguments):
+                return fuse_logits(inputs, weights, **arguments, backend=backend)
+
+            eager = fused("reference")
+            exact = eager if eager.dtype == torch.int64 else fused("reference", [source.double() for source in sources])
+
+            def right(_, out, exact=exact, eager=eager):
+                return torch.equal(out, exact) if exact.dtype == torch.int64 else not check(out, exact, eager).wrong
+
+            floor_bytes = sum(source.nbytes for source in sources) + eager.nbytes
+            calls = {"ours CUDA": lambda f=fused: f("native"), "ours Triton": lambda f=fused: f("triton")}
+            yield Cell(f"{what} {vocab_size}", floor_bytes, calls, right)
+
+
 VERSIONS = {"moe-ops": "moe-ops", "Liger": "liger-kernel"}
 
 
@@ -202,7 +247,7 @@ def count(cell: Cell, shape: str, num_tokens: int, dtype: torch.dtype):
 def main() -> int:
     """Returns 1 where one of our own results was wrong, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", default="moe", choices=["moe", "task_vector"])
+    parser.add_argument("--op", default="moe", choices=["moe", "task_vector", "logit_fusion"])
     parser.add_argument("--shape", default="A", choices=SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=[16, 512])
     parser.add_argument("--csv", type=Path, default=_HERE / "results" / "gpu_counts.csv")
@@ -214,14 +259,16 @@ def main() -> int:
     shape, dtype, rows = SHAPES[options.shape], torch.bfloat16, []
     shown = [field.name for field in fields(Row)][2:]
     print(" | ".join(shown))
+    others = {"task_vector": task_vector_cells, "logit_fusion": logit_cells}
+    shown_shape = {"moe": shape.name, "task_vector": "256x1024", "logit_fusion": "3 sources"}[options.op]
     for num_tokens in options.tokens if options.op == "moe" else [0]:
         moe = options.op == "moe"  # inputs are made by the CPU kernels
-        inputs = list(cells(shape, num_tokens, dtype) if moe else task_vector_cells(dtype))
+        inputs = list(cells(shape, num_tokens, dtype) if moe else others[options.op](dtype))
         with pytest.MonkeyPatch.context() as patch:
             ptx_ops.redirect(patch)
             triton_on_ptx.redirect(patch)
             for cell in inputs:
-                for row in count(cell, shape.name if moe else "256x1024", num_tokens, dtype):
+                for row in count(cell, shown_shape, num_tokens, dtype):
                     rows.append(row)
                     print(" | ".join(str(getattr(row, name)) for name in shown), flush=True)
     if not options.no_csv:

@@ -19,11 +19,14 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
 
 #: ops that have kernels in CUDA C++, and in Triton; every op has native kernels for the CPU
 CUDA_OPS = frozenset(
-    {"plan_dispatch", "permute", "unpermute", "route", "route_weights", "expert_ffn", "apply_", "unapply_"}
-)
+    {
+        "plan_dispatch", "permute", "unpermute", "route", "route_weights", "expert_ffn", "apply_", "unapply_",
+        "fuse_logits",
+    }
+)  # fmt: skip
 TRITON_OPS = CUDA_OPS | {
     "grouped_gemm", "expert_ffn with gradients", "routed_lora", "lora_shrink", "lora_expand", "merge", "ternary_linear",
-    "decompress", "fuse_logits",
+    "decompress",
 }  # fmt: skip
 #: of CUDA_OPS, those whose kernels are for compute capability 9.0 (H100, H200) alone
 SM90_OPS = frozenset({"expert_ffn"})

@@ -142,6 +142,9 @@ TRITON_KERNELS = {
     "routed_lora, many tokens": {"_routed_lora_kernel": 4},
     "lora halves": {"_lora_shrink_kernel": 1, "_lora_expand_kernel": 2},
     "lora_factor_grad": {"_lora_factor_grad_kernel": 2},
+    "fuse_logits": {"_fuse_kernel": 4, "_finish_kernel": 4},
+    "fuse_logits, one token": {"_fuse_kernel": 3, "_token_kernel": 3},
+    "fuse_logits, a mixture": {"_stats_kernel": 3, "_stats_total_kernel": 0, "_fuse_kernel": 4},
 }
 
 
@@ -193,6 +196,9 @@ def _triton_launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "routed_lora, many tokens": lambda: _routed_lora(1024, 1, dtype),
         "lora halves": lambda: _lora_halves(dtype),
         "lora_factor_grad": lambda: _lora_factor_grad(dtype),
+        "fuse_logits": lambda: _fuse_logits(dtype, "log_probs"),
+        "fuse_logits, one token": lambda: _fuse_logits(dtype, "sample"),
+        "fuse_logits, a mixture": lambda: _fuse_logits(dtype, "log_probs", mode="mixture"),
     }  # fmt: skip
 
 
@@ -236,6 +242,16 @@ def _lora_factor_grad(dtype: torch.dtype) -> None:
     lora.lora_factor_grad(torch.empty(64, 2, 16), x, None, None, ids, 8, None)
 
 
+def _fuse_logits(dtype: torch.dtype, out: str, mode: str = "linear") -> None:
+    """Three models of Qwen2.5's vocabulary."""
+    from moe_kernels.ops.logit_fusion import triton as logit_fusion
+    from moe_kernels.ops.logit_fusion.api import MODES, OUTS
+
+    sources, ids = [torch.empty(2, 151_936, dtype=dtype)] * 3, torch.zeros(2).long()
+    rule = (bool(MODES.index(mode)), 0, 0, [], [], [], OUTS.index(out))
+    logit_fusion._fuse_logits(sources, None, torch.ones(2, 3), torch.ones(2), ids, 7, 7, 151_936, *rule)
+
+
 #: threads of a block where they are not 128 (routes: 32); what tiles of 128 rows are multiplied by
 TRITON_THREADS = {
     ("expert_ffn", "_gate_up_kernel"): 256, ("expert_ffn", "_grouped_gemm_kernel"): 256,
@@ -249,6 +265,9 @@ TRITON_SPILLS = {
     "expert_ffn saving": 96, "expert_ffn_bwd": 16, "routed_lora": 24, "routed_lora of two": 8,
     "routed_lora, many tokens": 24, "lora halves": 16,
 }  # fmt: skip
+
+#: sums that a draw is looked up in are float64, once a row
+TRITON_FP64 = {"_token_kernel": 96}
 
 
 def shipped_triton_configurations() -> list[Configuration]:
@@ -286,6 +305,8 @@ def shipped_triton_configurations() -> list[Configuration]:
                         stack=spills,
                         at_most={"local": spills // 2, "fp64": 0, "float atomic": 0},
                     )
+                if name in TRITON_FP64:
+                    limits = replace(limits, at_most={**limits.at_most, "fp64": TRITON_FP64[name]})
                 shown = f"{launch} {name} {str(dtype)[6:]} (Triton)"
                 found.append(Configuration(shown, name, threads, from_triton(pick), limits))
     return found

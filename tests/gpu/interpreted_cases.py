@@ -123,6 +123,12 @@ def test_grouped_gemm(dtype):
     assert_close_to_reference(out, groups(rows.double(), weights.double()), groups(rows, weights))
 
 
+def test_fma_of_float32_rounds_once():
+    a, b, out = torch.randn(1024), torch.randn(1024), torch.zeros(1024)
+    elementwise[(1,)](a, b, out, 1024, OPERATION="fma", BLOCK=1024)
+    assert torch.equal(out, (a.double() * b.double() + a.double()).float())
+
+
 @triton.jit
 def where_positive(x, out, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)

@@ -5,9 +5,10 @@ tensors and run as numpy. Unmended, the interpreter adds, compares and multiplie
 truncates when it rounds to it, and an address outside the tensors ends the process without a word.
 
 After :func:`install` bfloat16 is computed in float32 and rounded to nearest even after each operation (a dot product
-or a sum once, at its end), a comparison of two numbers stays one when it meets a tensor, and a load, store or atomic outside the tensors that the launch was given, or misaligned,
-raises :class:`AddressError` with the program and the lanes. It proves a kernel's source, not its layouts, barriers or
-shared memory: those are for the PTX interpreter.
+or a sum once, at its end), ``tl.fma`` rounds once, a comparison of two numbers stays one when it meets a tensor, and a
+load, store or atomic outside the tensors that the launch was given, or misaligned, raises :class:`AddressError` with
+the program and the lanes. It proves a kernel's source, not its layouts, barriers or shared memory: those are for the
+PTX interpreter.
 """
 
 from __future__ import annotations
@@ -79,6 +80,9 @@ def _mend_bfloat16(interpreter) -> None:
     original_fma = builder.create_fma
 
     def create_fma(self, x, y, z):
+        if z.dtype.scalar == tl.float32:
+            exact = x.data.astype(np.float64) * y.data
+            return handle((exact + z.data).astype(np.float32), tl.float32)
         if not is_bf16(z.dtype):
             return original_fma(self, x, y, z)
         wide = [widened(tensor).astype(np.float64) for tensor in (x, y, z)]

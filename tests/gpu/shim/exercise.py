@@ -116,6 +116,14 @@ def exercise_task_vector(seed: int) -> None:
         exercise_many_blocks("native")
 
 
+def exercise_logit_fusion(seed: int) -> None:
+    from tests.gpu import exercises
+
+    exercises.exercise_logit_fusion("native", exercises.WEIGHED_SOURCES, ("logits", "log_probs", "probs"))
+    exercises.exercise_logit_fusion("native", exercises.BOUNDED_SOURCES, ("log_probs",))
+    exercises.exercise_logit_rows("native")
+
+
 def main() -> None:
     import pytest
     import torch
@@ -133,6 +141,7 @@ def main() -> None:
             exercise_permute(seed)
             exercise_route(seed)
             exercise_task_vector(seed)
+            exercise_logit_fusion(seed)
 
 
 if __name__ == "__main__":

@@ -106,11 +106,12 @@ def set_seed(seed: int) -> None:
 
 
 def native_modules() -> list[ModuleType]:
+    from moe_kernels.ops.logit_fusion import native as logit_fusion
     from moe_kernels.ops.permute import native as permute
     from moe_kernels.ops.route import native as route
     from moe_kernels.ops.task_vector import native as task_vector
 
-    return [permute, route, task_vector]
+    return [logit_fusion, permute, route, task_vector]
 
 
 def op_names() -> list[str]:

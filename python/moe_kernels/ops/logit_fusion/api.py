@@ -14,7 +14,7 @@ from moe_kernels._checks import (
     value_error,
 )
 from moe_kernels._dispatch import Backend, resolve
-from moe_kernels.ops.logit_fusion import autograd, reference
+from moe_kernels.ops.logit_fusion import autograd, native, reference
 from moe_kernels.ops.logit_fusion.token_filter import TokenFilter
 
 #: position in these tuples is the code that the kernels take (csrc/ops/logit_fusion)
@@ -140,12 +140,11 @@ def fuse_logits(
     differentiable = differentiable and torch.is_grad_enabled()
     op = "fuse_logits with gradients" if differentiable else "fuse_logits"
     chosen = resolve(op, backend, sources[0].device.type)
-    if chosen == "triton":
-        for name, one in (("mask", mask), ("floor", floor), ("keep", keep)):
-            if one is None or (one.top_k == 0 and one.top_p == 1 and one.min_keep == 1):
-                continue
-            if backend == "triton":
-                raise value_error("fuse_logits", name, "of min_p alone in Triton", one, "use backend='reference'")
+    if chosen == "triton" or (chosen == "native" and sources[0].device.type == "cuda"):
+        misfit = native.gpu_misfit(chosen, num_sources, mask=mask, floor=floor, keep=keep)
+        if misfit is not None:
+            if backend != "auto":
+                raise value_error("fuse_logits", *misfit, "use backend='reference'")
             chosen = "reference"
     if chosen == "reference":
         arguments = (vocab_size, mode == "mixture", anchor, neg_inf, *filters, out)

@@ -2,7 +2,7 @@
 
 A row is cut into blocks of BLOCK tokens, whatever the batch: a first launch fuses the blocks and keeps the largest
 logit and the sum of exponentials of each, a second one makes the row's of them, in one order, and finishes the result.
-How many blocks a program takes depends on the batch, what it does with each does not.
+A program takes BLOCKS blocks at once, and several times so many in large batches; what it does with each is the same.
 
 What has to be known of a source's whole row before it can be fused (a mixture's sums, the largest logit under a filter,
 the smallest one that a floor keeps) is read in two launches before; what has to be known of the fused row before its
@@ -22,11 +22,12 @@ from triton.language.random import philox_impl
 
 from moe_kernels._opaque import opaque
 
-BLOCK = 1024
+BLOCK = 512
+BLOCKS = 4
 #: programs that keep every GPU busy; what a launch has beyond them, its programs do one after the other
 PROGRAMS = 2048
-#: blocks at least that a program of the last launch takes, which reads what is known of all blocks
-FINISHED_BLOCKS = 8
+#: tiles at least that a program of the last launch takes, which reads what is known of all blocks
+FINISHED_TILES = 4
 
 FLOOR, ZERO = 1, 2  # positions in api.NEG_INF
 LOGITS, LOG_PROBS, PROBS, ARGMAX, SAMPLE = range(5)  # positions in api.OUTS
@@ -34,7 +35,7 @@ DRAW_KEY = 0x6C6F6769  # as in reference.py
 
 _INF = tl.constexpr(float("inf"))
 _FLOOR, _ZERO = tl.constexpr(FLOOR), tl.constexpr(ZERO)
-_LOGITS, _LOG_PROBS = tl.constexpr(LOGITS), tl.constexpr(LOG_PROBS)
+_LOGITS, _LOG_PROBS, _PROBS = tl.constexpr(LOGITS), tl.constexpr(LOG_PROBS), tl.constexpr(PROBS)
 _ARGMAX, _SAMPLE = tl.constexpr(ARGMAX), tl.constexpr(SAMPLE)
 _DRAW_KEY = tl.constexpr(DRAW_KEY)
 
@@ -55,15 +56,22 @@ def _shift(top):
 
 
 @triton.jit
-def _low_of(tops, lows, top):
+def _low_of(tops, lows, top, AXIS: tl.constexpr):
     """What the largest lost by rounding."""
-    return _shift(tl.max(tl.where(tops == top, lows, -_INF), 0))
+    return _shift(tl.max(tl.where(tops == top, lows, -_INF), AXIS))
 
 
 @triton.jit
 def _beside(z, low, top, top_low):
     """z - top, rounded once."""
     return (z - _shift(top)) + (low - top_low)
+
+
+@triton.jit
+def _tile(tile, BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """Ids of blocks [BLOCKS] and of their tokens [BLOCKS, BLOCK]."""
+    blocks = tile * BLOCKS + tl.arange(0, BLOCKS)
+    return blocks, blocks[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
 
 
 @triton.jit
@@ -78,9 +86,16 @@ def _add_product(total, low, a, b, ACC: tl.constexpr):
 
 
 @triton.jit
-def _weight(inputs, row, k: tl.constexpr, ACC: tl.constexpr):
+def _weights(inputs, row, NUM_SOURCES: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr):
+    """[WIDTH], zeros after the last; all in one load."""
+    k = tl.arange(0, WIDTH)
     weights_ptr, row_stride, source_stride = inputs[2]
-    return tl.load(weights_ptr + row * row_stride + k * source_stride).to(ACC)
+    return tl.load(weights_ptr + row * row_stride + k * source_stride, mask=k < NUM_SOURCES, other=0).to(ACC)
+
+
+@triton.jit
+def _nth(values, k: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, WIDTH) == k, values, 0), 0)
 
 
 @triton.jit
@@ -97,50 +112,49 @@ def _logits(inputs, row, k: tl.constexpr, tokens, wanted, NUM_SOURCES: tl.conste
 
 @triton.jit
 def _is_broken(
-    inputs, row, NUM_SOURCES: tl.constexpr, HAS_ROWS: tl.constexpr, MIXTURE: tl.constexpr, GREEDY: tl.constexpr,
-    ACC: tl.constexpr,
+    inputs, row, weights, temperature, NUM_SOURCES: tl.constexpr, HAS_ROWS: tl.constexpr, MIXTURE: tl.constexpr,
+    GREEDY: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Whether a row's weights or temperature are none; a row of the one source that is not there breaks it too."""
-    temperature = tl.load(inputs[3][0] + row * inputs[3][1]).to(ACC)
     broken = (temperature != temperature) | (temperature < 0) | (temperature == _INF)
     if not GREEDY:
         broken |= temperature == 0
-    for k in tl.static_range(NUM_SOURCES):
-        weight = _weight(inputs, row, k, ACC)
-        broken |= (weight != weight) | (tl.abs(weight) == _INF)
-        if MIXTURE:
-            broken |= weight < 0
-        if HAS_ROWS:
-            at = tl.load(inputs[4][0] + row * NUM_SOURCES + k)
-            broken |= (at < 0) | (at >= inputs[4][1])
-    return broken
+    bad = (weights != weights) | (tl.abs(weights) == _INF)
+    if MIXTURE:
+        bad |= weights < 0
+    if HAS_ROWS:
+        k = tl.arange(0, WIDTH)
+        at = tl.load(inputs[4][0] + row * NUM_SOURCES + k, mask=k < NUM_SOURCES, other=0)
+        bad |= (at < 0) | (at >= inputs[4][1])
+    return broken | (tl.max(bad.to(tl.int32), 0) > 0)
 
 
 @triton.jit
-def _fused_block(
-    inputs, stats_ptr, mask_ptr, bounds_ptr, row, block, vocab_size,
+def _fused(
+    inputs, stats_ptr, mask_ptr, bounds_ptr, row, tokens, vocab_size,
     NUM_SOURCES: tl.constexpr, HAS_ROWS: tl.constexpr, MIXTURE: tl.constexpr, ANCHOR: tl.constexpr,
     NEG_INF: tl.constexpr, HAS_MASK: tl.constexpr, HAS_FLOOR: tl.constexpr, GREEDY: tl.constexpr,
-    HAS_KEEP: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_KEEP: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """z of one block of tokens, and what it lost by rounding. +inf says that the row is broken."""
-    tokens = block * BLOCK + tl.arange(0, BLOCK)
+    """z of some tokens, and what it lost by rounding. +inf says that the row is broken."""
     kept = tokens < vocab_size
-    broken = _is_broken(inputs, row, NUM_SOURCES, HAS_ROWS, MIXTURE, GREEDY, ACC)
+    weights = _weights(inputs, row, NUM_SOURCES, ACC, WIDTH)
+    temperature = tl.load(inputs[3][0] + row * inputs[3][1]).to(ACC)
+    broken = _is_broken(inputs, row, weights, temperature, NUM_SOURCES, HAS_ROWS, MIXTURE, GREEDY, WIDTH)
     stats_ptr += row * NUM_SOURCES * 2
-    anchor_weight = _weight(inputs, row, ANCHOR, ACC)
-    zeros = tl.zeros((BLOCK,), ACC)
+    anchor_weight = _nth(weights, ANCHOR, WIDTH)
+    zeros = tl.zeros(tokens.shape, ACC)
     anchor, z, low = zeros, zeros, zeros
     if HAS_MASK:
         top = tl.load(stats_ptr + 2 * ANCHOR)
         anchor = _logits(inputs, row, ANCHOR, tokens, kept & (anchor_weight != 0), NUM_SOURCES, HAS_ROWS, ACC)
         kept &= (anchor >= top + tl.load(mask_ptr)) | (anchor_weight == 0)
         broken |= top != top
-    bad = tl.zeros((BLOCK,), tl.int1)
+    bad = tl.zeros(tokens.shape, tl.int1)
     if MIXTURE:
         top = zeros - _INF  # of the terms so far, of which z is the sum of exp(term - top)
         for k in tl.static_range(NUM_SOURCES):
-            weight = _weight(inputs, row, k, ACC)
+            weight = _nth(weights, k, WIDTH)
             largest, log_sum = tl.load(stats_ptr + 2 * k), tl.load(stats_ptr + 2 * k + 1)
             broken |= largest != largest
             here = kept & (weight > 0) & (largest > -_INF)
@@ -153,12 +167,10 @@ def _fused_block(
         absent = top == -_INF
         z = tl.log(tl.where(absent, 1, z)) + top
     else:
-        absent = tl.zeros((BLOCK,), tl.int1)
-        alone = tl.zeros((BLOCK,), tl.int1)  # the anchor is, where a negative weight meets -inf
-        weight_sum = tl.zeros((), ACC)
+        absent = tl.zeros(tokens.shape, tl.int1)
+        alone = tl.zeros(tokens.shape, tl.int1)  # the anchor is, where a negative weight meets -inf
         for k in tl.static_range(NUM_SOURCES):
-            weight = _weight(inputs, row, k, ACC)
-            weight_sum += weight
+            weight = _nth(weights, k, WIDTH)
             x = anchor
             if k != ANCHOR or not HAS_MASK:
                 x = _logits(inputs, row, k, tokens, kept & (weight != 0), NUM_SOURCES, HAS_ROWS, ACC)
@@ -176,9 +188,8 @@ def _fused_block(
                 absent |= x == -_INF
             z, low = _add_product(z, low, weight + zeros, tl.where(x == -_INF, 0, x), ACC)
         if NEG_INF == _ZERO:
-            anchored = _add_product(zeros, zeros, weight_sum + zeros, tl.where(anchor == -_INF, 0, anchor), ACC)
+            anchored = _add_product(zeros, zeros, tl.sum(weights, 0) + zeros, tl.where(anchor == -_INF, 0, anchor), ACC)
             z, low = tl.where(alone, anchored[0], z), tl.where(alone, anchored[1], low)
-    temperature = tl.load(inputs[3][0] + row * inputs[3][1]).to(ACC)
     divisor = tl.where(temperature == 0, 1, temperature) + zeros
     quotient = _divide(z, divisor, ACC)
     if ACC == tl.float32:
@@ -205,32 +216,35 @@ def _is_needed(weight, k, MIXTURE: tl.constexpr, ANCHOR: tl.constexpr, HAS_MASK:
     return needed
 
 
-@triton.jit(do_not_specialize=["blocks_each"])
+@triton.jit(do_not_specialize=["tiles_each"])
 def _stats_kernel(
     inputs,
-    partials_ptr,  # [num_rows, NUM_SOURCES, num_blocks, 2]: the largest, then a sum of exponentials or the smallest
+    partials_ptr,  # [2, num_rows, NUM_SOURCES, num_blocks]: the largest; sums of exponentials or the smallest
     vocab_size,
     num_blocks,
-    blocks_each,
+    tiles_each,
     NUM_SOURCES: tl.constexpr, HAS_ROWS: tl.constexpr, MIXTURE: tl.constexpr, ANCHOR: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_FLOOR: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_FLOOR: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * blocks_each
-    for block in range(first, tl.minimum(first + blocks_each, num_blocks)):
-        tokens = block * BLOCK + tl.arange(0, BLOCK)
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * tiles_each
+    weights = _weights(inputs, row, NUM_SOURCES, ACC, WIDTH)
+    for tile in range(first, tl.minimum(first + tiles_each, num_blocks // BLOCKS)):
+        blocks, tokens = _tile(tile, BLOCK, BLOCKS)
         inside = tokens < vocab_size
         for k in tl.static_range(NUM_SOURCES):
-            needed = _is_needed(_weight(inputs, row, k, ACC), k, MIXTURE, ANCHOR, HAS_MASK, HAS_FLOOR)
+            needed = _is_needed(_nth(weights, k, WIDTH), k, MIXTURE, ANCHOR, HAS_MASK, HAS_FLOOR)
             x = _logits(inputs, row, k, tokens, inside & needed, NUM_SOURCES, HAS_ROWS, ACC)
             x = tl.where(x == x, x, _INF)
-            top = tl.max(tl.where(inside, x, -_INF), 0)
+            tops = tl.max(tl.where(inside, x, -_INF), 1)
             if MIXTURE:
-                second = tl.sum(tl.exp(tl.where(inside, x, -_INF) - _shift(top)), 0)
+                second = tl.sum(tl.exp(tl.where(inside, x, -_INF) - _shift(tops)[:, None]), 1)
             else:
-                second = tl.min(tl.where(inside & (x > -_INF), x, _INF), 0)
-            partial = partials_ptr + ((row * NUM_SOURCES + k) * num_blocks + block) * 2
-            tl.store(partial, top)
-            tl.store(partial + 1, second)
+                second = tl.min(tl.where(inside & (x > -_INF), x, _INF), 1)
+            partials = partials_ptr + (row * NUM_SOURCES + k) * num_blocks + blocks
+            tl.store(partials, tops)
+            partials += tl.num_programs(0).to(tl.int64) * NUM_SOURCES * num_blocks
+            tl.store(partials, second)
 
 
 @triton.jit
@@ -241,18 +255,18 @@ def _stats_total_kernel(
     floor_ptr,  # log(min_p) of the floor
     num_blocks,
     NUM_SOURCES: tl.constexpr, MIXTURE: tl.constexpr, ANCHOR: tl.constexpr, NEG_INF: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_FLOOR: tl.constexpr, HAS_MIN_P: tl.constexpr, ACC: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_FLOOR: tl.constexpr, HAS_MIN_P: tl.constexpr, ACC: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """A mixture's largest logit and log(sum(exp(logit - largest))); the anchor's largest; the others' floor. NaN where
     NaN or +inf was read, -inf of what need not be known."""
     row, k = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    blocks = tl.arange(0, BLOCKS)
-    partials = partials_ptr + ((row * NUM_SOURCES + k) * num_blocks + blocks) * 2
+    blocks = tl.arange(0, ALL)
+    partials = partials_ptr + (row * NUM_SOURCES + k) * num_blocks + blocks
+    seconds = partials + tl.num_programs(0).to(tl.int64) * NUM_SOURCES * num_blocks
     tops = tl.load(partials, mask=blocks < num_blocks, other=-_INF)
     top = tl.max(tops, 0)
     if MIXTURE:
-        sums = tl.load(partials + 1, mask=blocks < num_blocks, other=0)
+        sums = tl.load(seconds, mask=blocks < num_blocks, other=0)
         total = tl.sum(sums * tl.exp(tops - _shift(top)), 0)
         first, second = top, tl.log(tl.where(top > -_INF, total, 1))
     else:
@@ -260,17 +274,18 @@ def _stats_total_kernel(
         if HAS_MIN_P:
             floor = top + tl.load(floor_ptr)
         if NEG_INF == _FLOOR:
-            smallest = tl.min(tl.load(partials + 1, mask=blocks < num_blocks, other=_INF), 0)
+            smallest = tl.min(tl.load(seconds, mask=blocks < num_blocks, other=_INF), 0)
             floor = tl.maximum(floor, tl.where(smallest < _INF, smallest, -_INF))
         first, second = tl.where(k == ANCHOR, top, floor), tl.zeros((), ACC)
     first = tl.where(top == _INF, float("nan"), first)
-    needed = _is_needed(_weight(inputs, row, k, ACC), k, MIXTURE, ANCHOR, HAS_MASK, HAS_FLOOR)
+    weight = tl.load(inputs[2][0] + row * inputs[2][1] + k * inputs[2][2])
+    needed = _is_needed(weight, k, MIXTURE, ANCHOR, HAS_MASK, HAS_FLOOR)
     stats = stats_ptr + (row * NUM_SOURCES + k) * 2
     tl.store(stats, tl.where(needed, first, -_INF))
     tl.store(stats + 1, tl.where(needed, second, 0))
 
 
-@triton.jit(do_not_specialize=["blocks_each"])
+@triton.jit(do_not_specialize=["tiles_each"])
 def _fuse_kernel(
     inputs,
     stats_ptr,
@@ -282,33 +297,34 @@ def _fuse_kernel(
     sums_ptr,  # the same: of exp(z - top of the block)
     vocab_size,
     num_blocks,
-    blocks_each,
+    tiles_each,
     OUT: tl.constexpr,
     NUM_SOURCES: tl.constexpr, HAS_ROWS: tl.constexpr, MIXTURE: tl.constexpr, ANCHOR: tl.constexpr,
     NEG_INF: tl.constexpr, HAS_MASK: tl.constexpr, HAS_FLOOR: tl.constexpr, GREEDY: tl.constexpr,
-    HAS_KEEP: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_KEEP: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """Of each block what OUT needs: its logits, or those less their largest, which _finish_kernel goes on with."""
-    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * blocks_each
-    for block in range(first, tl.minimum(first + blocks_each, num_blocks)):
-        z, low = _fused_block(
-            inputs, stats_ptr, mask_ptr, bounds_ptr, row, block, vocab_size, NUM_SOURCES, HAS_ROWS, MIXTURE, ANCHOR,
-            NEG_INF, HAS_MASK, HAS_FLOOR, GREEDY, HAS_KEEP, ACC, BLOCK,
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * tiles_each
+    for tile in range(first, tl.minimum(first + tiles_each, num_blocks // BLOCKS)):
+        blocks, tokens = _tile(tile, BLOCK, BLOCKS)
+        z, low = _fused(
+            inputs, stats_ptr, mask_ptr, bounds_ptr, row, tokens, vocab_size, NUM_SOURCES, HAS_ROWS, MIXTURE, ANCHOR,
+            NEG_INF, HAS_MASK, HAS_FLOOR, GREEDY, HAS_KEEP, ACC, WIDTH,
         )  # fmt: skip
-        top = tl.max(z, 0)
-        tl.store(tops_ptr + row * num_blocks + block, top)
-        if OUT != _ARGMAX:
-            tokens = block * BLOCK + tl.arange(0, BLOCK)
-            out = out_ptr + row * vocab_size + tokens
-            if OUT == _LOGITS:
+        tops = tl.max(z, 1)
+        at, out = row * num_blocks + blocks, out_ptr + row * vocab_size + tokens
+        tl.store(tops_ptr + at, tops)
+        if OUT == _LOGITS:
+            tl.store(out, z, mask=tokens < vocab_size)
+        elif OUT != _ARGMAX:
+            lows = tl.zeros((BLOCKS,), ACC)
+            if OUT != _SAMPLE:  # where one token is all there is, its logarithm is 0
+                lows = _low_of(z, low, tops[:, None], 1)
+                tl.store(lows_ptr + at, lows)
+            z = _beside(z, low, tops[:, None], lows[:, None])
+            tl.store(sums_ptr + at, tl.sum(tl.exp(z), 1))
+            if OUT != _SAMPLE:
                 tl.store(out, z, mask=tokens < vocab_size)
-            else:
-                top_low = _low_of(z, low, top)
-                z = _beside(z, low, top, top_low)
-                tl.store(lows_ptr + row * num_blocks + block, top_low)
-                tl.store(sums_ptr + row * num_blocks + block, tl.sum(tl.exp(z), 0))
-                if OUT != _SAMPLE:
-                    tl.store(out, z, mask=tokens < vocab_size)
 
 
 @triton.jit
@@ -317,9 +333,9 @@ def _bound_kernel(
     keep_ptr,  # log(min_p) of keep
     bounds_ptr,
     num_blocks,
-    BLOCKS: tl.constexpr,
+    ALL: tl.constexpr,
 ):
-    row, blocks = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCKS)
+    row, blocks = tl.program_id(0).to(tl.int64), tl.arange(0, ALL)
     tops = tl.load(tops_ptr + row * num_blocks + blocks, mask=blocks < num_blocks, other=-_INF)
     tl.store(bounds_ptr + row, tl.max(tops, 0) + tl.load(keep_ptr))
 
@@ -330,13 +346,15 @@ def _of_blocks(tops_ptr, lows_ptr, sums_ptr, row, blocks, num_blocks, OUT: tl.co
     at, inside = row * num_blocks + blocks, blocks < num_blocks
     tops = tl.load(tops_ptr + at, mask=inside, other=-_INF)
     top = tl.max(tops, 0)
-    if OUT == _LOGITS or OUT == _ARGMAX:
-        return tops, tops, tops, top, top
-    lows, sums = tl.load(lows_ptr + at, mask=inside, other=0), tl.load(sums_ptr + at, mask=inside, other=0)
-    return tops, lows, sums, top, _low_of(tops, lows, top)
+    lows, sums = tl.zeros_like(tops), tl.zeros_like(tops)
+    if OUT == _LOG_PROBS or OUT == _PROBS:
+        lows = tl.load(lows_ptr + at, mask=inside, other=0)
+    if OUT != _LOGITS and OUT != _ARGMAX:
+        sums = tl.load(sums_ptr + at, mask=inside, other=0)
+    return tops, lows, sums, top, _low_of(tops, lows, top, 0)
 
 
-@triton.jit(do_not_specialize=["blocks_each"])
+@triton.jit(do_not_specialize=["tiles_each"])
 def _finish_kernel(
     out_ptr,
     tops_ptr,
@@ -344,23 +362,25 @@ def _finish_kernel(
     sums_ptr,
     vocab_size,
     num_blocks,
-    blocks_each,
-    OUT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    tiles_each,
+    OUT: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """Logits of broken rows to NaN, or all logits to (log-)probabilities."""
-    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * blocks_each
-    blocks = tl.arange(0, BLOCKS)
-    tops, lows, sums, top, top_low = _of_blocks(tops_ptr, lows_ptr, sums_ptr, row, blocks, num_blocks, OUT)
+    row, first = tl.program_id(0).to(tl.int64), tl.program_id(1) * tiles_each
+    tops, lows, sums, top, top_low = _of_blocks(
+        tops_ptr, lows_ptr, sums_ptr, row, tl.arange(0, ALL), num_blocks, OUT
+    )  # fmt: skip
     total = tl.where(top > -_INF, tl.sum(sums * tl.exp(_beside(tops, lows, top, top_low)), 0), 1)
-    for block in range(first, tl.minimum(first + blocks_each, num_blocks)):
-        tokens = block * BLOCK + tl.arange(0, BLOCK)
+    for tile in range(first, tl.minimum(first + tiles_each, num_blocks // BLOCKS)):
+        blocks, tokens = _tile(tile, BLOCK, BLOCKS)
         out = out_ptr + row * vocab_size + tokens
         if OUT == _LOGITS:
-            tl.store(out, tl.full((BLOCK,), float("nan"), ACC), mask=(tokens < vocab_size) & (top == _INF))
+            tl.store(out, tl.full(tokens.shape, float("nan"), ACC), mask=(tokens < vocab_size) & (top == _INF))
         else:
-            of_block = tl.load(tops_ptr + row * num_blocks + block), tl.load(lows_ptr + row * num_blocks + block)
+            at = row * num_blocks + blocks
+            of_block = tl.load(tops_ptr + at), tl.load(lows_ptr + at)
             z = tl.load(out, mask=tokens < vocab_size, other=0)
-            z += _beside(_shift(of_block[0]), of_block[1], top, top_low)
+            z += _beside(_shift(of_block[0]), of_block[1], top, top_low)[:, None]
             if OUT == _LOG_PROBS:
                 z -= tl.log(total)
             else:
@@ -407,11 +427,11 @@ def _token_kernel(
     OUT: tl.constexpr,
     NUM_SOURCES: tl.constexpr, HAS_ROWS: tl.constexpr, MIXTURE: tl.constexpr, ANCHOR: tl.constexpr,
     NEG_INF: tl.constexpr, HAS_MASK: tl.constexpr, HAS_FLOOR: tl.constexpr, GREEDY: tl.constexpr,
-    HAS_KEEP: tl.constexpr, ACC: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    HAS_KEEP: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALL: tl.constexpr,
 ):  # fmt: skip
     """The block that holds the row's token is fused once more."""
     row = tl.program_id(0).to(tl.int64)
-    blocks = tl.arange(0, BLOCKS)
+    blocks = tl.arange(0, ALL)
     tops, lows, sums, top, top_low = _of_blocks(tops_ptr, lows_ptr, sums_ptr, row, blocks, num_blocks, OUT)
     usable = (top > -_INF) & (top < _INF)
     block = tl.min(tl.where(tops == top, blocks, num_blocks - 1), 0)
@@ -425,23 +445,19 @@ def _token_kernel(
         block = tl.where(greedy, block, tl.maximum(drawn, 0))
         before = tl.sum(tl.where(blocks == block, cumulative - masses, 0), 0)
         scale = tl.sum(tl.where(blocks == block, scales, 0), 0)
-    z, low = _fused_block(
-        inputs, stats_ptr, mask_ptr, bounds_ptr, row, block, vocab_size, NUM_SOURCES, HAS_ROWS, MIXTURE, ANCHOR,
-        NEG_INF, HAS_MASK, HAS_FLOOR, GREEDY, HAS_KEEP, ACC, BLOCK,
-    )  # fmt: skip
     tokens = block * BLOCK + tl.arange(0, BLOCK)
+    z, low = _fused(
+        inputs, stats_ptr, mask_ptr, bounds_ptr, row, tokens, vocab_size, NUM_SOURCES, HAS_ROWS, MIXTURE, ANCHOR,
+        NEG_INF, HAS_MASK, HAS_FLOOR, GREEDY, HAS_KEEP, ACC, WIDTH,
+    )  # fmt: skip
     largest = tl.max(z, 0)
     token = tl.min(tl.where(z == largest, tokens, 0x7FFFFFFF), 0)
     if OUT == _SAMPLE:
-        powers = tl.exp(_beside(z, low, largest, _low_of(z, low, largest)))
+        powers = tl.exp(_beside(z, low, largest, 0))
         # rounding must not run past the last token that can be drawn
         reached = before + tl.cumsum(powers.to(tl.float64), 0) * scale > target
         token = tl.where(greedy, token, _first(reached & (powers > 0), powers > 0, tokens))
     tl.store(out_ptr + row, tl.where(usable, token, -1).to(tl.int64))
-
-
-def _blocks_each(num_rows: int, num_blocks: int, at_least: int = 1) -> int:
-    return min(num_blocks, max(at_least, num_rows * num_blocks // PROGRAMS))
 
 
 def _log_min_p(numbers: list[float], like: Tensor, acc: torch.dtype) -> Tensor:
@@ -479,50 +495,44 @@ def _fuse_logits(
         tuple(sources * every), tuple([source.stride(0) for source in sources] * every), (weights, *weights.stride()),
         (temperature, temperature.stride(0)), (weights if rows is None else rows.contiguous(), sources[0].shape[0]),
     )  # fmt: skip
-    num_blocks = triton.cdiv(vocab_size, BLOCK)
-    blocks_each = _blocks_each(num_rows, num_blocks)
-    grid = (num_rows, triton.cdiv(num_blocks, blocks_each))
+    num_tiles = triton.cdiv(vocab_size, BLOCK * BLOCKS)
+    num_blocks = num_tiles * BLOCKS
+    tiles_each = min(num_tiles, max(1, num_rows * num_tiles // PROGRAMS))
+    grid, sizes = (num_rows, triton.cdiv(num_tiles, tiles_each)), (vocab_size, num_blocks)
     has_floor = not mixture and (bool(floor) or neg_inf == FLOOR)
-    acc_dtype = tl.float64 if acc == torch.float64 else tl.float32
-    common = dict(NUM_SOURCES=num_sources, MIXTURE=mixture, ANCHOR=anchor, HAS_MASK=bool(mask), HAS_FLOOR=has_floor,
-                  ACC=acc_dtype)  # fmt: skip
-    fused = common | dict(
-        HAS_ROWS=rows is not None, NEG_INF=neg_inf, GREEDY=is_token, BLOCK=BLOCK, enable_fp_fusion=False
-    )  # products are rounded: what they lose is counted
-    of_row = dict(ACC=acc_dtype, BLOCKS=triton.next_power_of_2(num_blocks))
+    # products are rounded before they are added: fused, each lane of a sum over lanes would have another result, and
+    # what a product loses is counted
+    numbers = dict(ACC=tl.float64 if acc == torch.float64 else tl.float32, enable_fp_fusion=False)
+    tile = numbers | dict(BLOCK=BLOCK, BLOCKS=BLOCKS)
+    rule = dict(NUM_SOURCES=num_sources, MIXTURE=mixture, ANCHOR=anchor, HAS_MASK=bool(mask), HAS_FLOOR=has_floor)
+    read = dict(HAS_ROWS=rows is not None, WIDTH=triton.next_power_of_2(num_sources))
+    fused = rule | read | dict(NEG_INF=neg_inf, GREEDY=is_token, HAS_KEEP=bool(keep))
+    of_row = dict(ALL=triton.next_power_of_2(num_blocks))
     of_blocks = weights.new_empty((3, num_rows, num_blocks), dtype=acc)  # the largest, its low part, the sum
+    bounds = weights.new_empty(num_rows, dtype=acc)
+    known = (inputs, stats, _log_min_p(mask, weights, acc), bounds)
     with torch.cuda.device_of(weights):
         if mixture or mask or has_floor:
-            partials = weights.new_empty((num_rows, num_sources, num_blocks, 2), dtype=acc)
-            _stats_kernel[grid](
-                inputs, partials, vocab_size, num_blocks, blocks_each, **common, HAS_ROWS=rows is not None, BLOCK=BLOCK
-            )
+            partials = weights.new_empty((2, num_rows, num_sources, num_blocks), dtype=acc)
+            _stats_kernel[grid](inputs, partials, *sizes, tiles_each, **rule, **read, **tile)
             _stats_total_kernel[(num_rows, num_sources)](
-                inputs, partials, stats, _log_min_p(floor, weights, acc), num_blocks, **common | of_row,
-                NEG_INF=neg_inf, HAS_MIN_P=bool(floor),
+                inputs, partials, stats, _log_min_p(floor, weights, acc), num_blocks, **rule, **of_row,
+                NEG_INF=neg_inf, HAS_MIN_P=bool(floor), **numbers,
             )  # fmt: skip
-        bounds = weights.new_empty(num_rows, dtype=acc)
-        known = (inputs, stats, _log_min_p(mask, weights, acc), bounds)
         if keep:
-            _fuse_kernel[grid](
-                *known, result, *of_blocks, vocab_size, num_blocks, blocks_each, OUT=ARGMAX, HAS_KEEP=False, **fused
-            )
-            _bound_kernel[(num_rows,)](
-                of_blocks[0], _log_min_p(keep, weights, acc), bounds, num_blocks, BLOCKS=of_row["BLOCKS"]
-            )
-        fused["HAS_KEEP"] = bool(keep)
-        _fuse_kernel[grid](*known, result, *of_blocks, vocab_size, num_blocks, blocks_each, OUT=out, **fused)
+            unfiltered = fused | dict(OUT=ARGMAX, HAS_KEEP=False)
+            _fuse_kernel[grid](*known, result, *of_blocks, *sizes, tiles_each, **unfiltered, **tile)
+            _bound_kernel[(num_rows,)](of_blocks[0], _log_min_p(keep, weights, acc), bounds, num_blocks, **of_row)
+        _fuse_kernel[grid](*known, result, *of_blocks, *sizes, tiles_each, OUT=out, **fused, **tile)
         if is_token:
             ids = result if request_ids is None else request_ids.contiguous()
             _token_kernel[(num_rows,)](
-                *known, ids, seed, step, *of_blocks, result, vocab_size, num_blocks, OUT=out,
-                **fused | of_row,
+                *known, ids, seed, step, *of_blocks, result, *sizes, OUT=out, **fused, **of_row, **numbers, BLOCK=BLOCK,
             )  # fmt: skip
         else:
-            blocks_each = _blocks_each(num_rows, num_blocks, FINISHED_BLOCKS)
-            _finish_kernel[(num_rows, triton.cdiv(num_blocks, blocks_each))](
-                result, *of_blocks, vocab_size, num_blocks, blocks_each, OUT=out, BLOCK=BLOCK, **of_row
-            )
+            tiles_each = min(num_tiles, max(FINISHED_TILES, tiles_each))
+            grid = (num_rows, triton.cdiv(num_tiles, tiles_each))
+            _finish_kernel[grid](result, *of_blocks, *sizes, tiles_each, OUT=out, **of_row, **tile)
     return result, stats
 
 
