@@ -40,7 +40,12 @@ SHIPPED_KERNELS = {
     "route": (128, 0), "route_weights": (128, 0), "route_bwd": (128, 0),
     "apply_ternary": (256, 3), "count_touched": (256, 0), "scan_counts": (1024, 0), "apply_undoable": (512, 3),
     "collect_kept": (256, 0), "unapply_ternary": (512, 3),
+    "measure_logits": (128, 1), "total_logits": (128, 1), "fuse_logits": (128, 4), "finish_logits": (128, 4),
+    "choose_tokens": (128, 4),
 }  # fmt: skip
+
+#: sums that a draw is looked up in are float64, once a row
+SHIPPED_FP64 = {"choose_tokens": 240}
 
 
 def shipped_configurations() -> list[Configuration]:
@@ -76,7 +81,7 @@ def _shipped(key: str, name: str) -> Configuration:
     limits = Limits(
         min_occupancy=0.1 if is_double else 0.25,
         at_least={"128-bit global": wide} if moves_vectors else {},
-        at_most={"local": 0, "float atomic": 0} | ({} if is_double else {"fp64": 0}),
+        at_most={"local": 0, "float atomic": 0} | ({} if is_double else {"fp64": SHIPPED_FP64.get(kernel, 0)}),
     )
     shown = f"{kernel} {arguments or ''}".replace("NS_", "").strip()
     return Configuration(shown, name, threads, lambda arch: (shipped.cubins(arch)[key][0], 0), limits)

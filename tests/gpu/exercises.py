@@ -253,8 +253,9 @@ BOUNDED_SOURCES = (
 
 
 def exercise_logit_fusion(backend: str, fusions: tuple, results: tuple) -> None:
-    """Rows of two tiles, the last block ragged; -inf in each source, NaN in what is not read."""
-    vocab_size, ids = 2100, torch.tensor([-7, 2**40])
+    """Rows of two tiles that end within a vector, also of memory that goes on; -inf in each source, NaN in what is not
+    read."""
+    vocab_size, ids = 2101, torch.tensor([-7, 2**40])
     for fusion in fusions:
         arguments, weights = dict(fusion), fusion["weights"]
         del arguments["weights"]
@@ -269,7 +270,9 @@ def exercise_logit_fusion(backend: str, fusions: tuple, results: tuple) -> None:
                 with torch.no_grad():
                     return fuse_logits(tensors, weights, **arguments, out=out, backend=backend)
 
-            check(op, [source.float() for source in sources], backend, backward=False)
+            floats = [source.float() for source in sources]
+            floats[0] = torch.nn.functional.pad(floats[0], (0, 3))[:, :vocab_size]
+            check(op, floats, backend, backward=False)
         arguments |= dict(request_ids=ids, seed=2**32 - 3, step=9)
         for out in ("argmax", "sample"):
             found, expected = (
@@ -307,6 +310,8 @@ def exercise_logit_rows(backend: str) -> None:
         broken = fuse_logits([row], [1.0], temperature=torch.tensor([temperature]), out="argmax", backend=backend)
         assert broken.item() == -1
     assert fuse_logits([row], [-1.0], mode="mixture", backend=backend).isnan().all()
+    mixture = fuse_logits([wide, wide], [1.0, 1.0], mode="mixture", out="probs", **arguments)
+    assert torch.equal(mixture.isnan(), probs.isnan()) and mixture[:2].sum(1).tolist() == [1, 0]
     cold = dict(temperature=torch.zeros(1), backend=backend)
     draw["request_ids"] = torch.arange(1)
     assert fuse_logits([row], [1.0], out="sample", **draw, **cold).item() == row.argmax().item()

@@ -31,6 +31,9 @@ constexpr int kMaxSources = 16;
 constexpr int kMinBlocks = 2;  // of a warp: it reads the row's weights once for all of them
 constexpr int64_t kFullWarps = 8192;  // that keep every GPU busy
 constexpr int kNobody = 0x7fffffff;
+// Blocks that must fit on a multiprocessor: without a number ptxas aims at fewer registers than there are, and spills.
+template <class Acc>
+constexpr int kResident = sizeof(Acc) == sizeof(double) ? 2 : 4;
 
 template <class Acc>
 constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
@@ -331,7 +334,7 @@ struct Blocks {
 
 // Records of blocks of source rows, where fusing needs them.
 template <class Acc>
-__global__ void __launch_bounds__(kWarps* kWarpSize)
+__global__ void __launch_bounds__(kWarps* kWarpSize, kResident<Acc>)
     measure_logits_kernel(const __grid_constant__ Fusion<Acc> f, Record<Acc>* __restrict__ records) {  // [num_rows, num_sources, num_blocks]
   const int64_t row = blockIdx.x;
   const RowState<Acc> state(f, row);
@@ -362,7 +365,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 
 // The Record of a row, of its blocks'.
 template <class Acc>
-__global__ void __launch_bounds__(kWarps* kWarpSize)
+__global__ void __launch_bounds__(kWarps* kWarpSize, kResident<Acc>)
     total_logits_kernel(const Record<Acc>* __restrict__ records,  // [num_rows, num_blocks]
                  Record<Acc>* __restrict__ totals,         // [num_rows]
                  int64_t num_rows, int num_blocks) {
@@ -402,7 +405,7 @@ __device__ __forceinline__ void store_row(Acc* out_row, int vocab_size, bool ali
 
 // Of each block its Record and what `kind` needs: its logits, or those less their largest, which finish_logits_kernel goes on with.
 template <class Acc>
-__global__ void __launch_bounds__(kWarps* kWarpSize)
+__global__ void __launch_bounds__(kWarps* kWarpSize, kResident<Acc>)
     fuse_logits_kernel(const __grid_constant__ Fusion<Acc> f, LogitOut kind,
                 Acc* __restrict__ out,                // [num_rows, vocab_size]
                 Record<Acc>* __restrict__ records) {  // [num_rows, num_blocks]
@@ -437,7 +440,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 
 // Logits of broken rows to NaN, or all logits to (log-)probabilities.
 template <class Acc>
-__global__ void __launch_bounds__(kWarps* kWarpSize)
+__global__ void __launch_bounds__(kWarps* kWarpSize, kResident<Acc>)
     finish_logits_kernel(LogitOut kind, const Record<Acc>* __restrict__ records, const Record<Acc>* __restrict__ totals,
                   Acc* __restrict__ out, int vocab_size, int num_blocks, int blocks_each) {
   const int64_t row = blockIdx.x;
@@ -475,7 +478,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize)
 // One token a row: the largest, or the first whose cumulative probability exceeds a random number. The block that holds it
 // is fused once more.
 template <class Acc>
-__global__ void __launch_bounds__(kWarps* kWarpSize)
+__global__ void __launch_bounds__(kWarps* kWarpSize, kResident<Acc>)
     choose_tokens_kernel(const __grid_constant__ Fusion<Acc> f, bool draws, const Record<Acc>* __restrict__ records,
                  const Record<Acc>* __restrict__ totals,
                  const int64_t* __restrict__ request_ids,  // [num_rows], where it draws

@@ -9,7 +9,7 @@ from tests.gpu.shim.exercise import run
 pytestmark = pytest.mark.skipif(library.missing_reason() is not None, reason=str(library.missing_reason()))
 
 PLAN, PERMUTE, ROUTE = "plan_dispatch_cuda.cu", "permute_cuda.cu", "route_cuda.cu"
-TASK_VECTOR = "task_vector_cuda.cu"
+TASK_VECTOR, LOGITS = "task_vector_cuda.cu", "logit_fusion_cuda.cu"
 
 #: source, what is taken out, what comes in, the build that must see it
 MUTANTS = {
@@ -126,6 +126,21 @@ MUTANTS = {
     "scan: sums one warp short": (PLAN, "warp_sums, kScanThreads / kWarpSize", "warp_sums, kScanThreads / kWarpSize - 1", "asan"),
     "launch: too many threads": (PLAN, "constexpr int kScanThreads = 1024", "constexpr int kScanThreads = 2048", "plain"),
     "launch: a block short": (PERMUTE, "ceil_div(num_rows, kWarps)", "num_rows / kWarps", "plain"),
+    # logits
+    "logits: tokens past the last": (LOGITS, "static_cast<unsigned>(token_of(first, j) < f.vocab_size) << j", "1u << j", "asan"),
+    "logits: the last vector whole": (LOGITS, "source.aligned && first + kVec <= vocab_size", "source.aligned", "asan"),
+    "logits: rows that are not there read": (LOGITS, "if (state.broken) kept = 0;", "", "asan"),
+    "logits: a maximum of some lanes": (
+        LOGITS, "lanes /= 2) {\n    const Acc other = __shfl_xor_sync(kAllLanes, x, lanes);\n    x = other > x",
+        "lanes /= 4) {\n    const Acc other = __shfl_xor_sync(kAllLanes, x, lanes);\n    x = other > x", "plain",
+    ),
+    "logits: a scan that counts itself": (LOGITS, "if (lane >= lanes) upto += other;", "upto += other;", "plain"),
+    "logits: records of the first row": (LOGITS, "const of_row = records + row * num_blocks;", "const of_row = records;", "plain"),
+    "logits: a product's rounding": (LOGITS, " + fmaf(a, b, -product)", "", "plain"),
+    "logits: what breaks a whole source": (LOGITS, "bad |= whole.values[kTop] == kInfinity<Acc>;", "", "plain"),
+    "logits: nothing left out": (LOGITS, "if (!(z[j] >= state.keep_bound))", "if (false)", "plain"),
+    "logits: the anchor's weight alone": (LOGITS, "low[j], state.weight_sum, anchor[j])", "low[j], anchor_weight, anchor[j])", "plain"),
+    "logits: the filter's floor alone": (LOGITS, "smallest < kInfinity<Acc> && smallest > first", "false", "plain"),
 }  # fmt: skip
 
 

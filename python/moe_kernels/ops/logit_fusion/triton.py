@@ -85,6 +85,10 @@ def _add_product(total, low, a, b, ACC: tl.constexpr):
     return new, low
 
 
+# `inputs` of all kernels, a tuple: the sources; how far apart their rows are; weights [num_rows, num_sources] and their
+# strides; temperature [num_rows] and its stride; rows [num_rows, num_sources] and how many rows the one source has
+
+
 @triton.jit
 def _weights(inputs, row, NUM_SOURCES: tl.constexpr, ACC: tl.constexpr, WIDTH: tl.constexpr):
     """[WIDTH], zeros after the last; all in one load."""
