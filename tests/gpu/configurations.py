@@ -43,9 +43,13 @@ SHIPPED_KERNELS = {
     "measure_logits": (128, 1), "total_logits": (128, 1), "fuse_logits": (128, 4), "finish_logits": (128, 4),
     "choose_tokens": (128, 4),
 }  # fmt: skip
+#: occupancy: what fuses keeps two numbers and a source's logit of 16 tokens a thread. Doubles move in other widths
+LOGIT_KERNELS = {
+    "measure_logits": 0.25, "total_logits": 0.25, "fuse_logits": 0.18, "finish_logits": 0.25, "choose_tokens": 0.18,
+}  # fmt: skip
 
 #: sums that a draw is looked up in are float64, once a row
-SHIPPED_FP64 = {"choose_tokens": 240}
+SHIPPED_FP64 = {"choose_tokens": 256}
 
 
 def shipped_configurations() -> list[Configuration]:
@@ -73,13 +77,15 @@ def _sm90(key: str, name: str) -> Configuration:
 def _shipped(key: str, name: str) -> Configuration:
     kernel, arguments = re.search(r"GLOBAL__N_1\d+([a-z_]+)_kernel(?:I(.*?)EEv|E)", key).groups()
     threads, wide = SHIPPED_KERNELS[kernel]
-    # Vec<unsigned, 4>, or more than one element in a vector; task vectors have no variant that moves less
-    vectors = {"permute": r"VecIjLi4E", "unpermute": r"Li[248]E$", "unpermute_bwd": r"Li[248]E$"}.get(kernel, "")
+    # Vec<unsigned, 4>, more than one element in a vector, or floats; task vectors have no variant that moves less
+    vectors = {"permute": r"VecIjLi4E", "unpermute": r"Li[248]E$", "unpermute_bwd": r"Li[248]E$"}.get(
+        kernel, "^f" if kernel in LOGIT_KERNELS else ""
+    )
     moves_vectors = wide and re.search(vectors, arguments)
     # float64 serves gradient checks: it may be slow
     is_double = arguments is not None and arguments.startswith("d")
     limits = Limits(
-        min_occupancy=0.1 if is_double else 0.25,
+        min_occupancy=0.1 if is_double else LOGIT_KERNELS.get(kernel, 0.25),
         at_least={"128-bit global": wide} if moves_vectors else {},
         at_most={"local": 0, "float atomic": 0} | ({} if is_double else {"fp64": SHIPPED_FP64.get(kernel, 0)}),
     )

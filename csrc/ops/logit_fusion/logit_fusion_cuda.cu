@@ -34,6 +34,8 @@ constexpr int kNobody = 0x7fffffff;
 // Blocks that must fit on a multiprocessor: without a number ptxas aims at fewer registers than there are, and spills.
 template <class Acc>
 constexpr int kResident = sizeof(Acc) == sizeof(double) ? 2 : 4;
+template <class Acc>
+constexpr int kResidentFusing = sizeof(Acc) == sizeof(double) ? 2 : 3;
 
 template <class Acc>
 constexpr Acc kInfinity = std::numeric_limits<Acc>::infinity();
@@ -405,7 +407,7 @@ __device__ __forceinline__ void store_row(Acc* out_row, int vocab_size, bool ali
 
 // Of each block its Record and what `kind` needs: its logits, or those less their largest, which finish_logits_kernel goes on with.
 template <class Acc>
-__global__ void __launch_bounds__(kWarps* kWarpSize, kResident<Acc>)
+__global__ void __launch_bounds__(kWarps* kWarpSize, kResidentFusing<Acc>)
     fuse_logits_kernel(const __grid_constant__ Fusion<Acc> f, LogitOut kind,
                 Acc* __restrict__ out,                // [num_rows, vocab_size]
                 Record<Acc>* __restrict__ records) {  // [num_rows, num_blocks]
@@ -478,7 +480,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kResident<Acc>)
 // One token a row: the largest, or the first whose cumulative probability exceeds a random number. The block that holds it
 // is fused once more.
 template <class Acc>
-__global__ void __launch_bounds__(kWarps* kWarpSize, kResident<Acc>)
+__global__ void __launch_bounds__(kWarps* kWarpSize, kResidentFusing<Acc>)
     choose_tokens_kernel(const __grid_constant__ Fusion<Acc> f, bool draws, const Record<Acc>* __restrict__ records,
                  const Record<Acc>* __restrict__ totals,
                  const int64_t* __restrict__ request_ids,  // [num_rows], where it draws
