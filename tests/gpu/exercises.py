@@ -292,8 +292,10 @@ def exercise_logit_rows(backend: str) -> None:
     rows = torch.tensor([[0, 0], [0, 1], [-1, 0]])
     fused = fuse_logits(row, [1.0, -0.5], rows=rows, out="logits", backend=backend)
     assert fused.isnan().all(1).tolist() == [False, True, True] and torch.equal(fused[0], row[0] * 0.5)
-    for out in ("argmax", "log_probs"):  # a row of which a tile each is a program's, and one program's
-        alone, together = (fuse_logits([row.expand(n, -1)], [1.0], out=out, backend=backend) for n in (1, 1400))
+    # a row of which a tile each is a program's, and one program's in Triton; the shim takes minutes for as many threads
+    many = 1400 if backend == "triton" else 3
+    for out in ("argmax", "log_probs"):
+        alone, together = (fuse_logits([row.expand(n, -1)], [1.0], out=out, backend=backend) for n in (1, many))
         assert torch.equal(together, alone.expand(together.shape)), "a row beside others"
     assert fuse_logits([row], [1.0], out="argmax", backend=backend).item() == row.argmax().item(), "ties"
     wide = torch.full((4, 2 * vocab_size), torch.nan)[:, :vocab_size].fill_(-torch.inf)
