@@ -89,7 +89,7 @@ sanitize: $(VENV_CPU)/ready
 	  ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1 MOE_KERNELS_TEST_SIMT=asan \
 	  $(VENV_CPU)/bin/python $(PYTEST) tests/ops -k "not compile and not export"
 
-# CUDA sources on the CPU: AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer look; 55 mutants, each of
+# CUDA sources on the CPU: AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer look; 66 mutants, each of
 # which is a build of its own
 gpu-shim: $(VENV)/installed
 	$(VENV)/bin/python -m pytest tests/gpu/shim

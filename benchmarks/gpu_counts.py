@@ -16,9 +16,14 @@ packed bytes read, planes written, all weights read and written.
 Adapters (--op routed_lora), eight of rank 16 on a layer of 1024 x 1024 with a base, adapters drawn at random for each
 token. Floor: input, base, output, and each adapter that a token names, once.
 
+Fused logits (--op logit_fusion), of three sources: one row of Llama 2's vocabulary and one of Qwen2.5's. Floor:
+each source read and the result written, once.
+
 What lies above the floor in ours: permute reads a token once for each of its rows, top_k times in all, of which DRAM
 serves one (memory) and L2 the others; a plan of more than one tile (2048 pairs) reads the ids twice and keeps a table
 of tiles by experts; conflicts are the plan's counters, which lie where the experts are.
+Log-probabilities are written as they are beside their block's largest, then read and written once more; a mixture reads
+its sources for their sums first; a filter of the result fuses twice.
 The decoder asks for a sector of fields as often as codes that share it are in different steps; Triton's for an octet a
 thread, and for 4096 elements whatever a block holds.
 
@@ -49,9 +54,11 @@ from benchmarks.harness import check, commit  # noqa: E402
 from benchmarks.providers.base import installed_version  # noqa: E402
 from benchmarks.shapes import SHAPES, LayerShape  # noqa: E402
 from moe_kernels import (  # noqa: E402
+    TokenFilter,
     apply_,
     compress,
     decompress,
+    fuse_logits,
     merge,
     permute,
     plan_dispatch,
@@ -239,6 +246,36 @@ def lora_cells(num_tokens: int, dtype: torch.dtype):
         )  # fmt: skip
 
 
+def logit_cells(dtype: torch.dtype):
+    generator = torch.Generator().manual_seed(0)
+    for vocab_size in (32_000, 151_936):
+        sources = [(3 * torch.randn(1, vocab_size, generator=generator)).to(dtype) for _ in range(3)]
+        draw, min_p = dict(out="sample", request_ids=torch.arange(1), seed=0), TokenFilter(min_p=0.1)
+        for what, arguments in (
+            ("log_probs", {}),
+            ("logits", dict(out="logits")),
+            ("argmax", dict(out="argmax")),
+            ("sample", draw),
+            ("sample, masked", dict(mask=min_p) | draw),
+            ("sample, filtered", dict(keep=min_p) | draw),
+            ("sample, mixture", dict(mode="mixture") | draw),
+        ):
+            weights = [0.5, 0.3, 0.2] if "mode" in arguments else [1.0, 0.7, -0.7]
+
+            def fused(backend, inputs=sources, weights=weights, arguments=arguments):
+                return fuse_logits(inputs, weights, **arguments, backend=backend)
+
+            eager = fused("reference")
+            exact = eager if eager.dtype == torch.int64 else fused("reference", [source.double() for source in sources])
+
+            def right(_, out, exact=exact, eager=eager):
+                return torch.equal(out, exact) if exact.dtype == torch.int64 else not check(out, exact, eager).wrong
+
+            floor_bytes = sum(source.nbytes for source in sources) + eager.nbytes
+            calls = {"ours CUDA": lambda f=fused: f("native"), "ours Triton": lambda f=fused: f("triton")}
+            yield Cell(f"{what} {vocab_size}", floor_bytes, calls, right)
+
+
 VERSIONS = {"moe-ops": "moe-ops", "Liger": "liger-kernel"}
 
 
@@ -263,7 +300,7 @@ def count(cell: Cell, shape: str, num_tokens: int, dtype: torch.dtype):
 def main() -> int:
     """Returns 1 where one of our own results was wrong, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", default="moe", choices=["moe", "task_vector", "routed_lora"])
+    parser.add_argument("--op", default="moe", choices=["moe", "task_vector", "routed_lora", "logit_fusion"])
     parser.add_argument("--shape", default="A", choices=SHAPES)
     parser.add_argument("--tokens", nargs="+", type=int, default=[16, 512])
     parser.add_argument("--csv", type=Path, default=_HERE / "results" / "gpu_counts.csv")
@@ -278,10 +315,11 @@ def main() -> int:
     of_op = {  # name of the shape, what is counted
         "moe": (shape.name, lambda num_tokens: cells(shape, num_tokens, dtype)),
         "task_vector": ("256x1024", lambda _: task_vector_cells(dtype)),
+        "logit_fusion": ("3 sources", lambda _: logit_cells(dtype)),
         "routed_lora": ("8x16x1024", lambda num_tokens: lora_cells(num_tokens, dtype)),
     }
     shape_name, cells_of = of_op[options.op]
-    for num_tokens in [0] if options.op == "task_vector" else options.tokens:
+    for num_tokens in options.tokens if options.op in ("moe", "routed_lora") else [0]:
         inputs = list(cells_of(num_tokens))  # inputs are made by the CPU kernels
         with pytest.MonkeyPatch.context() as patch:
             ptx_ops.redirect(patch)

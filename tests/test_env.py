@@ -22,7 +22,7 @@ def test_backends_that_are_not_there_say_why(monkeypatch):
     monkeypatch.setattr(_dispatch.torch.cuda, "is_available", lambda: False)
     for op, backend, device, reason in [
         ("grouped_gemm", "native", "cuda", "grouped_gemm has no CUDA kernels yet"),
-        ("fuse_logits", "triton", "cuda", "fuse_logits has no Triton kernels yet"),
+        ("solve_tilt", "triton", "cuda", "solve_tilt has no Triton kernels yet"),
         ("expert_ffn", "native", "cuda", "the CUDA kernels of expert_ffn are for GPUs of compute capability 9.0"),
         ("permute", "native", "xpu", "there are no native kernels for device type 'xpu'"),
     ]:
@@ -43,7 +43,7 @@ def test_auto_takes_what_is_there(monkeypatch):
         monkeypatch.setattr(_dispatch._extension, "cuda_missing_reason", lambda cuda=cuda: cuda)
         monkeypatch.setattr(_dispatch._extension, "triton_missing_reason", lambda triton=triton: triton)
         assert _dispatch._auto("permute", "cuda") == choice
-        assert _dispatch._auto("fuse_logits", "cuda") == "reference"
+        assert _dispatch._auto("solve_tilt", "cuda") == "reference"
         for capability in (8, 9):
             monkeypatch.setattr(_dispatch.torch.cuda, "is_available", lambda: True)
             monkeypatch.setattr(

@@ -30,6 +30,13 @@ MOE_PTX float cvt_f32_f16(fp16 x) {
   return y;
 }
 
+// A product that the compiler does not fuse with a sum.
+MOE_PTX float mul_rn_f32(float a, float b) {
+  float product;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
+  return product;
+}
+
 // Stores 16 bytes at a multiple of 16. nvcc makes four stores of a struct of words, and of 2-byte elements as many as there are.
 MOE_PTX void st_global_v4(void* to, const uint32_t (&words)[4]) {
   asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]), "r"(words[1]),
@@ -82,6 +89,8 @@ MOE_PTX uint32_t bits_of_float(float x) {
   std::memcpy(&bits, &x, sizeof bits);
   return bits;
 }
+
+MOE_PTX float mul_rn_f32(float a, float b) { return a * b; }
 
 MOE_PTX bf16 cvt_rn_bf16_f32(float x) {
   const uint32_t bits = bits_of_float(x);

@@ -24,6 +24,9 @@ struct LogitSource {
 // What a fusion gives; same order as OUTS in python/moe_kernels/ops/logit_fusion/api.py, which has the equations.
 enum class LogitOut : int64_t { logits, log_probs, probs, argmax, sample };
 
+// What a negative weight makes of -inf; same order as NEG_INF there.
+enum class NegInf : int64_t { mask, floor, zero };
+
 template <class Acc>
 struct FusedRow {
   const LogitSource<Acc>* sources;

@@ -20,7 +20,7 @@ AUTO_ORDER: dict[str, tuple[str, ...]] = {
 #: ops that have kernels in CUDA C++, and in Triton; every op has native kernels for the CPU
 CUDA_OPS = frozenset(
     {"plan_dispatch", "permute", "unpermute", "route", "route_weights", "expert_ffn"}
-    | {"apply_", "unapply_", "decompress", "merge", "ternary_linear"}
+    | {"apply_", "unapply_", "decompress", "merge", "ternary_linear", "fuse_logits"}
 )
 TRITON_OPS = CUDA_OPS | {
     "grouped_gemm", "expert_ffn with gradients", "routed_lora", "lora_shrink", "lora_expand",

@@ -41,7 +41,16 @@ SHIPPED_KERNELS = {
     "apply_ternary": (256, 3), "count_touched": (256, 0), "scan_counts": (1024, 0), "apply_undoable": (512, 3),
     "collect_kept": (256, 0), "unapply_ternary": (512, 3), "decode_blocks": (256, 1), "verdict": (1024, 0),
     "merge": (256, 1), "sum_found": (1024, 0), "ternary_linear": (128, 0),
+    "measure_logits": (128, 1), "total_logits": (128, 1), "fuse_logits": (128, 4), "finish_logits": (128, 4),
+    "choose_tokens": (128, 4),
 }  # fmt: skip
+#: occupancy: what fuses keeps two numbers and a source's logit of 16 tokens a thread. Doubles move in other widths
+LOGIT_KERNELS = {
+    "measure_logits": 0.25, "total_logits": 0.25, "fuse_logits": 0.18, "finish_logits": 0.25, "choose_tokens": 0.18,
+}  # fmt: skip
+
+#: sums that a draw is looked up in are float64, once a row
+SHIPPED_FP64 = {"choose_tokens": 256}
 
 
 def shipped_configurations() -> list[Configuration]:
@@ -69,15 +78,17 @@ def _sm90(key: str, name: str) -> Configuration:
 def _shipped(key: str, name: str) -> Configuration:
     kernel, arguments = re.search(r"GLOBAL__N_1\d+([a-z_]+)_kernel(?:I(.*?)EEv|E)", key).groups()
     threads, wide = SHIPPED_KERNELS[kernel]
-    # Vec<unsigned, 4>, or more than one element in a vector; task vectors have no variant that moves less
-    vectors = {"permute": r"VecIjLi4E", "unpermute": r"Li[248]E$", "unpermute_bwd": r"Li[248]E$"}.get(kernel, "")
+    # Vec<unsigned, 4>, more than one element in a vector, or floats; task vectors have no variant that moves less
+    vectors = {"permute": r"VecIjLi4E", "unpermute": r"Li[248]E$", "unpermute_bwd": r"Li[248]E$"}.get(
+        kernel, "^f" if kernel in LOGIT_KERNELS else ""
+    )
     moves_vectors = wide and re.search(vectors, arguments or "")
     # float64 serves gradient checks: it may be slow
     is_double = arguments is not None and arguments.startswith("d")
     limits = Limits(
-        min_occupancy=0.1 if is_double else 0.25,
+        min_occupancy=0.1 if is_double else LOGIT_KERNELS.get(kernel, 0.25),
         at_least={"128-bit global": wide} if moves_vectors else {},
-        at_most={"local": 0, "float atomic": 0} | ({} if is_double else {"fp64": 0}),
+        at_most={"local": 0, "float atomic": 0} | ({} if is_double else {"fp64": SHIPPED_FP64.get(kernel, 0)}),
     )
     shown = f"{kernel} {arguments or ''}".replace("NS_", "").strip()
     return Configuration(shown, name, threads, lambda arch: (shipped.cubins(arch)[key][0], 0), limits)
@@ -143,6 +154,9 @@ TRITON_KERNELS = {
     "lora halves": {"_lora_shrink_kernel": 0, "_lora_expand_kernel": 7},  # shrink copies by cp.async
     "lora_factor_grad": {"_lora_factor_grad_kernel": 2},
     "lora_dropout": {"_lora_dropout_kernel": 1},
+    "fuse_logits": {"_fuse_kernel": 4, "_finish_kernel": 4},
+    "fuse_logits, one token": {"_fuse_kernel": 3, "_token_kernel": 3},
+    "fuse_logits, a mixture": {"_stats_kernel": 3, "_stats_total_kernel": 0, "_fuse_kernel": 4},
 }
 
 
@@ -195,6 +209,9 @@ def _triton_launches(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "lora halves": lambda: _lora_halves(dtype),
         "lora_factor_grad": lambda: _lora_factor_grad(dtype),
         "lora_dropout": lambda: routed_lora.lora_dropout(x, 0.1, torch.tensor(1)),
+        "fuse_logits": lambda: _fuse_logits(dtype, "log_probs"),
+        "fuse_logits, one token": lambda: _fuse_logits(dtype, "sample"),
+        "fuse_logits, a mixture": lambda: _fuse_logits(dtype, "log_probs", mode="mixture"),
     }  # fmt: skip
 
 
@@ -238,6 +255,16 @@ def _lora_factor_grad(dtype: torch.dtype) -> None:
     lora.lora_factor_grad(torch.empty(64, 2, 16), x, None, None, ids, 8, None)
 
 
+def _fuse_logits(dtype: torch.dtype, out: str, mode: str = "linear") -> None:
+    """Three models of Qwen2.5's vocabulary."""
+    from moe_kernels.ops.logit_fusion import triton as logit_fusion
+    from moe_kernels.ops.logit_fusion.api import MODES, OUTS
+
+    sources, ids = [torch.empty(2, 151_936, dtype=dtype)] * 3, torch.zeros(2).long()
+    rule = (bool(MODES.index(mode)), 0, 0, [], [], [], OUTS.index(out))
+    logit_fusion._fuse_logits(sources, None, torch.ones(2, 3), torch.ones(2), ids, 7, 7, 151_936, *rule)
+
+
 #: threads of a block where they are not 128 (routes: 32); what tiles of 128 rows are multiplied by
 TRITON_THREADS = {
     ("expert_ffn", "_gate_up_kernel"): 256, ("expert_ffn", "_grouped_gemm_kernel"): 256,
@@ -250,6 +277,9 @@ TRITON_THREADS = {
 TRITON_SPILLS = {
     "expert_ffn saving": 96, "expert_ffn_bwd": 16, "lora halves": 16,
 }  # fmt: skip
+
+#: sums that a draw is looked up in are float64, once a row
+TRITON_FP64 = {"_token_kernel": 96}
 
 
 def shipped_triton_configurations() -> list[Configuration]:
@@ -287,6 +317,8 @@ def shipped_triton_configurations() -> list[Configuration]:
                         stack=spills,
                         at_most={"local": spills // 2, "fp64": 0, "float atomic": 0},
                     )
+                if name in TRITON_FP64:
+                    limits = replace(limits, at_most={**limits.at_most, "fp64": TRITON_FP64[name]})
                 shown = f"{launch} {name} {str(dtype)[6:]} (Triton)"
                 found.append(Configuration(shown, name, threads, from_triton(pick), limits))
     return found

@@ -10,10 +10,12 @@ from moe_kernels import (
     Activation,
     PackedDelta,
     TernaryDelta,
+    TokenFilter,
     apply_,
     compress,
     decompress,
     expert_ffn,
+    fuse_logits,
     grouped_gemm,
     merge,
     permute,
@@ -313,6 +315,88 @@ def exercise_lora_dropout(backend: str) -> None:
         )
 
 
+#: three sources each: every rule of weights, and what has to be known of whole rows before they are fused
+WEIGHED_SOURCES = (
+    dict(weights=[1.0, 0.7, -0.7], temperature=0.8),
+    dict(weights=[0.5, 1.0, -1.0], anchor=1, neg_inf="zero"),
+)
+BOUNDED_SOURCES = (
+    dict(weights=[0.3, 0.0, 0.2], mode="mixture", anchor=2, mask=TokenFilter(min_p=0.1), temperature=1.3),
+    dict(weights=[1.5, 0.0, -0.5], anchor=2, mask=TokenFilter(min_p=0.1), neg_inf="zero"),
+    dict(weights=[-0.5, 1.5, 0.5], anchor=1, floor=TokenFilter(min_p=0.1), neg_inf="floor"),
+    dict(weights=[-0.5, 1.5, 0.5], anchor=1, neg_inf="floor"),
+    dict(weights=[0.5, 1.0, -1.0], keep=TokenFilter(min_p=0.2)),
+)
+
+
+def exercise_logit_fusion(backend: str, fusions: tuple, results: tuple) -> None:
+    """Rows of two tiles that end within a vector, also of memory that goes on; -inf in each source, NaN in what is not
+    read."""
+    vocab_size, ids = 2101, torch.tensor([-7, 2**40])
+    for fusion in fusions:
+        arguments, weights = dict(fusion), fusion["weights"]
+        del arguments["weights"]
+        sources = [3 * torch.randn(2, vocab_size, dtype=torch.float64) for _ in weights]
+        for source, weight, constant in zip(sources, weights, (20, 0, -20), strict=True):
+            source += constant
+            source[torch.rand(2, vocab_size) < 0.2] = -torch.inf
+            source += torch.nan if weight == 0 else 0
+        for out in results:
+
+            def op(*tensors, backend, weights=weights, arguments=arguments, out=out):
+                with torch.no_grad():
+                    return fuse_logits(tensors, weights, **arguments, out=out, backend=backend)
+
+            floats = [source.float() for source in sources]
+            floats[0] = torch.nn.functional.pad(floats[0], (0, 3))[:, :vocab_size]
+            check(op, floats, backend, backward=False)
+        arguments |= dict(request_ids=ids, seed=2**32 - 3, step=9)
+        for out in ("argmax", "sample"):
+            found, expected = (
+                fuse_logits(sources, weights, **arguments, out=out, backend=name).tolist()
+                for name in (backend, "reference")
+            )
+            assert found == expected, out
+
+
+def exercise_logit_rows(backend: str) -> None:
+    """What is exact; rows that are further apart than they are long, broken, empty, of one token, or not there."""
+    large = 1e4 * torch.randn(3, 2, 600)
+    exact = sum(weight * source.double() for weight, source in zip((1.5, 0.75, -1.25), large.unbind(), strict=True))
+    assert torch.equal(fuse_logits(large.unbind(), [1.5, 0.75, -1.25], out="logits", backend=backend), exact.float())
+    vocab_size = 1100
+    row = torch.randn(1, 4 * vocab_size).round().clamp(max=1)  # nine blocks, with ties
+    rows = torch.tensor([[0, 0], [0, 1], [-1, 0]])
+    fused = fuse_logits(row, [1.0, -0.5], rows=rows, out="logits", backend=backend)
+    assert fused.isnan().all(1).tolist() == [False, True, True] and torch.equal(fused[0], row[0] * 0.5)
+    # a row of which a tile each is a program's, and one program's in Triton; the shim takes minutes for as many threads
+    many = 1400 if backend == "triton" else 3
+    for out in ("argmax", "log_probs"):
+        alone, together = (fuse_logits([row.expand(n, -1)], [1.0], out=out, backend=backend) for n in (1, many))
+        assert torch.equal(together, alone.expand(together.shape)), "a row beside others"
+    assert fuse_logits([row], [1.0], out="argmax", backend=backend).item() == row.argmax().item(), "ties"
+    wide = torch.full((4, 2 * vocab_size), torch.nan)[:, :vocab_size].fill_(-torch.inf)
+    wide[0, 1050], wide[2, 3], wide[3, 1050], wide[3, 7] = 5.0, torch.inf, torch.nan, 1.0
+    arguments = dict(temperature=torch.tensor([0.5, 1.0, 1.0, 1.0]), backend=backend)
+    draw = dict(request_ids=torch.arange(4), seed=1)
+    assert fuse_logits([wide], [2.0], out="sample", **draw, **arguments).tolist() == [1050, -1, -1, -1]
+    probs = fuse_logits([wide], [2.0], out="probs", **arguments)
+    assert probs.isnan().all(1).tolist() == [False, False, True, True] and probs[:2].sum(1).tolist() == [1, 0]
+    assert fuse_logits([wide], [2.0], out="logits", **arguments).isnan().all(1).tolist() == [False, False, True, True]
+    negative = fuse_logits([wide.double()], [-2.0], out="logits", **arguments)
+    assert negative[2:].isnan().all(), "+inf of a negative weight"
+    for temperature in (-1.0, torch.nan):
+        broken = fuse_logits([row], [1.0], temperature=torch.tensor([temperature]), out="argmax", backend=backend)
+        assert broken.item() == -1
+    assert fuse_logits([row], [-1.0], mode="mixture", backend=backend).isnan().all()
+    mixture = fuse_logits([wide, wide], [1.0, 1.0], mode="mixture", out="probs", **arguments)
+    assert torch.equal(mixture.isnan(), probs.isnan()) and mixture[:2].sum(1).tolist() == [1, 0]
+    cold = dict(temperature=torch.zeros(1), backend=backend)
+    draw["request_ids"] = torch.arange(1)
+    assert fuse_logits([row], [1.0], out="sample", **draw, **cold).item() == row.argmax().item()
+    assert fuse_logits([row], [1.0], **cold).isnan().all()
+
+
 #: rooms that have Triton kernels alone
 TRITON_EXERCISES = {
     "grouped_gemm": exercise_grouped_gemm,
@@ -334,6 +418,9 @@ EXERCISES: dict[str, Callable[[str], None]] = {
     "ternary_linear": exercise_ternary_linear,
     "decode": exercise_decode,
     "task vector of many blocks": exercise_many_blocks,
+    "logit_fusion": lambda backend: exercise_logit_fusion(backend, WEIGHED_SOURCES, ("logits", "log_probs", "probs")),
+    "logit_fusion bounds": lambda backend: exercise_logit_fusion(backend, BOUNDED_SOURCES, ("log_probs",)),
+    "logit_fusion rows": exercise_logit_rows,
 }
 
 

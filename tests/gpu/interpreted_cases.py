@@ -123,6 +123,25 @@ def test_grouped_gemm(dtype):
     assert_close_to_reference(out, groups(rows.double(), weights.double()), groups(rows, weights))
 
 
+def test_fma_of_float32_rounds_once():
+    a, b, out = torch.randn(1024), torch.randn(1024), torch.zeros(1024)
+    elementwise[(1,)](a, b, out, 1024, OPERATION="fma", BLOCK=1024)
+    assert torch.equal(out, (a.double() * b.double() + a.double()).float())
+
+
+@triton.jit
+def where_positive(x, out, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out + i, i, mask=(i >= 0) & (tl.load(x) > 0))
+
+
+def test_a_comparison_of_numbers_masks_a_tensor():
+    for number, expected in ((2.5, [0, 1, 2, 3]), (-2.5, [-1] * 4)):
+        out = torch.full((4,), -1)
+        where_positive[(1,)](torch.tensor([number]), out, BLOCK=4)
+        assert out.tolist() == expected
+
+
 def test_activation():
     gate, up = torch.randn(2, 300).bfloat16()
     out = torch.zeros(300).bfloat16()

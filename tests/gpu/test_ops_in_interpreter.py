@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
     "room",
     [
         "permute", "route", "grouped_gemm", "expert_ffn", "merge", "task_vector", "task_vector_decode",
-        "ternary_linear", "routed_lora",
+        "ternary_linear", "routed_lora", "logit_fusion",
     ],
 )  # fmt: skip
 def test_ops_in_the_interpreter(room):

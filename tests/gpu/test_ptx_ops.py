@@ -60,6 +60,12 @@ MUTANTS = [
     ("merge", "sum_found_kernel", "no barrier", r"bar\.sync\s+0;", "", "race"),
     ("task_vector", "collect_kept_kernelIfE", "the next value", r"(ld\.global\.nc\.f32 %f\d+, \[%rd\d+)\]", r"\1+4]",
      "numbers|uninit|out of"),
+    ("logit_fusion", "fuse_logits_kernelIfE", "a maximum of some lanes", r"shfl\.sync\.bfly", "shfl.sync.idx", "numbers|out of"),
+    ("logit_fusion", "total_logits_kernelIfE", "a sum of some lanes", r"shfl\.sync\.bfly", "shfl.sync.idx", "numbers"),
+    ("logit_fusion", "choose_tokens_kernelIdE", "a scan from above", r"shfl\.sync\.up", "shfl.sync.down", "numbers"),
+    ("logit_fusion bounds", "measure_logits_kernelIfE", "a sum of some lanes", r"shfl\.sync\.bfly", "shfl.sync.idx", "numbers"),
+    ("logit_fusion rows", "fuse_logits_kernelIfE", "what a product lost", r"mul\.rn\.f32 (%f\d+), (%f\d+), (%f\d+);", r"add.f32 \1, \2, \3;",
+     "numbers"),
 ]  # fmt: skip
 
 

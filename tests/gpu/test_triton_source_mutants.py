@@ -14,6 +14,7 @@ if triton_on_ptx.missing_reason() is not None:
 
 import moe_kernels.ops.expert_ffn
 import moe_kernels.ops.grouped_gemm
+import moe_kernels.ops.logit_fusion
 import moe_kernels.ops.merge
 import moe_kernels.ops.permute
 import moe_kernels.ops.route
@@ -34,6 +35,7 @@ ROOMS = {
         "ternary_linear",
         "task_vector",
         "routed_lora",
+        "logit_fusion",
     )
 }
 
@@ -43,6 +45,8 @@ FILES = {
     "lora halves": ("routed_lora", "triton"),
     "lora parts": ("routed_lora", "triton"),
     "lora dropout": ("routed_lora", "triton"),
+    "logit_fusion bounds": ("logit_fusion", "triton"),
+    "logit_fusion rows": ("logit_fusion", "triton"),
 }
 
 #: exercise, what is changed, what is taken out, what comes in; the first place that has it
@@ -157,6 +161,42 @@ MUTANTS = [
     ("lora dropout", "columns past the last", "columns, out, mask=columns < length)", "columns, out)"),
     ("lora dropout", "the dropped kept", "tl.where(words < tl.full((), BELOW, tl.uint32), 0, x)", "tl.where(words < tl.full((), BELOW, tl.uint32), x, 0)"),
     ("lora dropout", "columns side by side", "columns * x_column_stride", "columns"),
+    # logits
+    ("logit_fusion", "logits past the last token", "z, mask=tokens < vocab_size)\n        elif", "z)\n        elif"),
+    ("logit_fusion", "tokens past the last", "kept = tokens < vocab_size", "kept = tokens < vocab_size + 1"),
+    ("logit_fusion", "every tile the first", "blocks, tokens = _tile(tile, BLOCK, BLOCKS)\n        z, low", "blocks, tokens = _tile(0 * tile, BLOCK, BLOCKS)\n        z, low"),
+    ("logit_fusion", "no temperature", "divisor = tl.where(temperature == 0, 1, temperature) + zeros", "divisor = zeros + 1"),
+    ("logit_fusion", "a row without the blocks' distances", "z += _beside(_shift(of_block[0]), of_block[1], top, top_low)[:, None]", "z += 0 * top"),
+    ("logit_fusion", "block sums as they are", "tl.sum(sums * tl.exp(_beside(tops, lows, top, top_low)), 0), 1)", "tl.sum(sums, 0), 1)"),
+    ("logit_fusion", "an absent token of negative weight", "                absent |= x == -_INF\n", "                absent |= (x == -_INF) & (weight > 0)\n"),
+    ("logit_fusion", "the anchor not alone", "alone |= (x == -_INF) & (weight < 0)", "alone |= (x == -_INF) & (weight > 1)"),
+    ("logit_fusion bounds", "what is not read", "tokens, kept & (weight != 0), NUM_SOURCES", "tokens, kept, NUM_SOURCES"),
+    ("logit_fusion", "a draw of the request's lower half", "_word(request >> 32)", "_word(request)"),
+    ("logit_fusion", "a draw without its step", "_word(zero + step)", "_word(zero)"),
+    ("logit_fusion", "tokens of the blocks before", "reached = before + tl.cumsum", "reached = tl.cumsum"),
+    ("logit_fusion", "a block's sum in its own scale", "0) * scale > target", "0) > target"),
+    ("logit_fusion bounds", "a mixture's sum in its blocks' scale", "tl.sum(sums * tl.exp(tops - _shift(top)), 0)", "tl.sum(sums, 0)"),
+    ("logit_fusion bounds", "a mixture without weights", "(tl.log(tl.where(weight > 0, weight, 1)) - log_sum)", "(0 - log_sum)"),
+    ("logit_fusion bounds", "terms in the first one's scale", "z = z * tl.exp(top - _shift(new_top)) + tl.exp", "z = z + tl.exp"),
+    ("logit_fusion bounds", "no mask", "kept &= (anchor >= top + tl.load(mask_ptr))", "kept &= (anchor >= top - 1e30)"),
+    ("logit_fusion bounds", "no floor", "x = tl.where((weight < 0) & (x < floor), floor, x)", "x = x"),
+    ("logit_fusion bounds", "the largest of what is past the row", "tops = tl.max(tl.where(inside, x, -_INF), 1)", "tops = tl.max(x, 1)"),
+    ("logit_fusion bounds", "the floor of the filter alone", "floor = tl.maximum(floor, tl.where(smallest < _INF, smallest, -_INF))", "floor = tl.maximum(floor, -_INF)"),
+    ("logit_fusion bounds", "a floor at -inf", "tl.min(tl.where(inside & (x > -_INF), x, _INF), 1)", "tl.min(tl.where(inside, x, _INF), 1)"),
+    ("logit_fusion bounds", "the floor of what is past the row", "tl.min(tl.where(inside & (x > -_INF), x, _INF), 1)", "tl.min(tl.where(x > -_INF, x, _INF), 1)"),
+    ("logit_fusion bounds", "nothing left out", "HAS_KEEP=bool(keep)", "HAS_KEEP=False"),
+    ("logit_fusion rows", "blocks past the last", "sums = tl.load(sums_ptr + at, mask=inside, other=0)", "sums = tl.load(sums_ptr + at)"),
+    ("logit_fusion rows", "what rounding lost", "low = (tl.fma(-quotient, divisor, z) + low) / divisor", "low = zeros"),
+    ("logit_fusion rows", "a product's rounding", " + tl.fma(a, b, -product)", ""),
+    ("logit_fusion rows", "ties to the highest", "token = tl.min(tl.where(z == largest, tokens, 0x7FFFFFFF), 0)", "token = tl.max(tl.where(z == largest, tokens, -1), 0)"),
+    ("logit_fusion rows", "ties to the last block", "block = tl.min(tl.where(tops == top, blocks, num_blocks - 1), 0)", "block = tl.max(tl.where(tops == top, blocks, 0), 0)"),
+    ("logit_fusion rows", "+inf is a number", "bad |= (x != x) | (x == _INF)", "bad |= x != x"),
+    ("logit_fusion rows", "a broken row's other logits", "mask=(tokens < vocab_size) & (top == _INF))", "mask=(tokens < 0) & (top == _INF))"),
+    ("logit_fusion rows", "rows past the last", "(at >= 0) & (at < num_source_rows)", "at >= 0"),
+    ("logit_fusion rows", "rows side by side", "at * inputs[1][k] + tokens", "at * 1100 + tokens"),
+    ("logit_fusion rows", "a negative temperature", " | (temperature < 0)", ""),
+    ("logit_fusion rows", "a mixture's negative weight", "bad |= weights < 0", "bad |= weights < -2"),
+    ("logit_fusion rows", "no token at temperature 0", "token = tl.where(greedy, token, _first", "token = tl.where(greedy, -1, _first"),
     # strides
     ("one tile", "token and slot swapped", "* token_stride + (pairs - tokens * top_k).to(tl.int64) * slot_stride",
      "* slot_stride + (pairs - tokens * top_k).to(tl.int64) * token_stride"),
@@ -209,6 +249,9 @@ def use(monkeypatch, folder: Path, exercise: str, out: str = "", into: str = "")
         "lora halves",
         "lora dropout",
         "lora parts",
+        "logit_fusion",
+        "logit_fusion bounds",
+        "logit_fusion rows",
     ],  # fmt: skip
 )
 def test_unchanged_source_passes(exercise, monkeypatch, tmp_path):

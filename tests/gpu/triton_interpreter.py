@@ -5,9 +5,10 @@ tensors and run as numpy. Unmended, the interpreter adds, compares and multiplie
 truncates when it rounds to it, and an address outside the tensors ends the process without a word.
 
 After :func:`install` bfloat16 is computed in float32 and rounded to nearest even after each operation (a dot product
-or a sum once, at its end), and a load, store or atomic outside the tensors that the launch was given, or misaligned,
-raises :class:`AddressError` with the program and the lanes. It proves a kernel's source, not its layouts, barriers or
-shared memory: those are for the PTX interpreter.
+or a sum once, at its end), ``tl.fma`` rounds once, a comparison of two numbers stays one when it meets a tensor, and a
+load, store or atomic outside the tensors that the launch was given, or misaligned, raises :class:`AddressError` with
+the program and the lanes. It proves a kernel's source, not its layouts, barriers or shared memory: those are for the
+PTX interpreter.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def install() -> None:
         return
     interpreter._mended = True
     _mend_bfloat16(interpreter)
+    _mend_splats(interpreter)
     _check_addresses(interpreter)
 
 
@@ -78,6 +80,9 @@ def _mend_bfloat16(interpreter) -> None:
     original_fma = builder.create_fma
 
     def create_fma(self, x, y, z):
+        if z.dtype.scalar == tl.float32:
+            exact = x.data.astype(np.float64) * y.data
+            return handle((exact + z.data).astype(np.float32), tl.float32)
         if not is_bf16(z.dtype):
             return original_fma(self, x, y, z)
         wide = [widened(tensor).astype(np.float64) for tensor in (x, y, z)]
@@ -147,6 +152,20 @@ def _mend_bfloat16(interpreter) -> None:
 
     mend_reduction(interpreter.ReduceOps)
     mend_reduction(interpreter.ScanOps)
+
+
+# --- comparisons ----------------------------------------------------------------------------------------------------
+def _mend_splats(interpreter) -> None:
+    """What compares two numbers is labelled as they are: spread over a tensor it would turn into a float."""
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    original = builder.create_splat
+
+    def create_splat(self, to, argument):
+        if argument.data.dtype != np.bool_:
+            return original(self, to, argument)
+        return handle(np.full(to.shape, argument.data), to.scalar)
+
+    builder.create_splat = create_splat
 
 
 # --- addresses ------------------------------------------------------------------------------------------------------

@@ -275,7 +275,7 @@ def test_forward_on_gpus(backend, kernel_id, dtype, sizes, top_k):
 
 @pytest.mark.on_gpus
 def test_many_tokens_and_steps_on_gpus(backend):
-    """Several blocks of tokens and rows, several steps of a warp; rows of W and planes that are aligned, and that are not."""
+    """Several blocks of tokens and rows, several steps of a warp; rows that are aligned, planes too, neither."""
     deltas = make_deltas(1, 40, 330)
     for in_features in (320, 328, 330):
         x, weight = torch.randn(37, in_features).bfloat16(), torch.randn(40, in_features).bfloat16()

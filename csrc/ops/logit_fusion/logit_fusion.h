@@ -15,9 +15,6 @@
 
 namespace moe {
 
-// Same order as NEG_INF in python/moe_kernels/ops/logit_fusion/api.py.
-enum class NegInf : int64_t { mask, floor, zero };
-
 inline LogitDtype logit_dtype(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float: return LogitDtype::f32;

@@ -5,21 +5,11 @@
 #include <tuple>
 
 #include "common/parallel.h"
-#include "common/philox.h"
+#include "ops/logit_fusion/draw.h"
 #include "ops/logit_fusion/logit_fusion.h"
 
 namespace moe {
 namespace {
-
-constexpr uint32_t kDrawKey = 0x6C6F6769;  // as in reference.py
-
-double uniform(int64_t request, int64_t seed, int64_t step) {
-  const uint64_t id = static_cast<uint64_t>(request);
-  const Words4 words =
-      philox({static_cast<uint32_t>(id), static_cast<uint32_t>(id >> 32), static_cast<uint32_t>(step), 0},
-             static_cast<uint32_t>(seed), kDrawKey);
-  return static_cast<double>((uint64_t{words[0]} << 21) | (words[1] >> 11)) * 0x1p-53;
-}
 
 struct Settings {
   bool mixture;

@@ -54,14 +54,14 @@ __device__ __forceinline__ void random_bits(uint64_t key, int64_t at, uint32_t (
 #pragma unroll
   for (int e = 0; e < kCount; e += 4) {
     const uint64_t block = static_cast<uint64_t>(at + e) / 4;
-    const Words4 words = philox({static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), 0, 0},
+    const PhiloxBlock random = philox({{static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), 0, 0}},
                                 static_cast<uint32_t>(key), static_cast<uint32_t>(key >> 32));
     if constexpr (kCount < 4) {  // half of a block
-      bits[0] = at % 4 == 0 ? words[0] : words[2];
-      bits[1] = at % 4 == 0 ? words[1] : words[3];
+      bits[0] = at % 4 == 0 ? random.words[0] : random.words[2];
+      bits[1] = at % 4 == 0 ? random.words[1] : random.words[3];
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) bits[e + i] = words[i];
+      for (int i = 0; i < 4; ++i) bits[e + i] = random.words[i];
     }
   }
 }

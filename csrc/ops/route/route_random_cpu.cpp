@@ -27,11 +27,11 @@ Tensor route_random_cpu(const Tensor& token_ids_in, int64_t num_experts, int64_t
     for (int64_t t = begin; t < end; ++t) {
       const uint64_t token = static_cast<uint64_t>(tokens[t]);
       for (int64_t first = 0; first < num_experts; first += 4) {
-        const Words4 block =
-            philox({static_cast<uint32_t>(token), static_cast<uint32_t>(token >> 32),
-                    static_cast<uint32_t>(first / 4), static_cast<uint32_t>(layer)},
+        const PhiloxBlock block =
+            philox({{static_cast<uint32_t>(token), static_cast<uint32_t>(token >> 32),
+                     static_cast<uint32_t>(first / 4), static_cast<uint32_t>(layer)}},
                    key0, key1);
-        for (int64_t i = 0; i < 4 && first + i < num_experts; ++i) draws[first + i] = block[i];
+        for (int64_t i = 0; i < 4 && first + i < num_experts; ++i) draws[first + i] = block.words[i];
       }
       microkernels<double>().largest(draws, num_experts, top_k, ids + t * top_k, best);
     }

@@ -134,12 +134,21 @@ def exercise_ternary_linear(seed: int) -> None:
     exercises.exercise_ternary_linear("native")
 
 
+def exercise_logit_fusion(seed: int) -> None:
+    from tests.gpu import exercises
+
+    exercises.exercise_logit_fusion("native", exercises.WEIGHED_SOURCES, ("logits", "log_probs", "probs"))
+    exercises.exercise_logit_fusion("native", exercises.BOUNDED_SOURCES, ("log_probs",))
+    exercises.exercise_logit_rows("native")
+
+
 EXERCISES = {
     "plan_dispatch_cuda.cu": exercise_permute,
     "permute_cuda.cu": exercise_permute,
     "route_cuda.cu": exercise_route,
     "task_vector_cuda.cu": exercise_task_vector,
     "decode_cuda.cu": exercise_decode,
+    "logit_fusion_cuda.cu": exercise_logit_fusion,
     "merge_cuda.cu": exercise_merge,
     "ternary_linear_cuda.cu": exercise_ternary_linear,
 }

@@ -106,13 +106,14 @@ def set_seed(seed: int) -> None:
 
 
 def native_modules() -> list[ModuleType]:
+    from moe_kernels.ops.logit_fusion import native as logit_fusion
     from moe_kernels.ops.merge import native as merge
     from moe_kernels.ops.permute import native as permute
     from moe_kernels.ops.route import native as route
     from moe_kernels.ops.task_vector import native as task_vector
     from moe_kernels.ops.ternary_linear import native as ternary_linear
 
-    return [merge, permute, route, task_vector, ternary_linear]
+    return [logit_fusion, merge, permute, route, task_vector, ternary_linear]
 
 
 def op_names() -> list[str]:

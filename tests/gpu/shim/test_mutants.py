@@ -10,7 +10,7 @@ pytestmark = pytest.mark.skipif(library.missing_reason() is not None, reason=str
 
 PLAN, PERMUTE, ROUTE = "plan_dispatch_cuda.cu", "permute_cuda.cu", "route_cuda.cu"
 TASK_VECTOR, DECODE, MERGE = "task_vector_cuda.cu", "decode_cuda.cu", "merge_cuda.cu"
-TERNARY = "ternary_linear_cuda.cu"
+TERNARY, LOGITS = "ternary_linear_cuda.cu", "logit_fusion_cuda.cu"
 
 #: source, what is taken out, what comes in, the build that must see it
 MUTANTS = {
@@ -105,7 +105,7 @@ MUTANTS = {
     "merge: blocks where nothing waits again": (MERGE, "wanted[blockIdx.x] == 0", "wanted[blockIdx.x] != 0", "plain"),
     "merge: a minority": (MERGE, "signs += (sums", "signs -= (sums", "plain"),
     "merge: what a neighbour kept": (MERGE, "kept[k * kThreads + thread] = ", "kept[k * kThreads + (thread ^ 1)] = ", "plain"),
-    "merge: random numbers of a neighbour": (MERGE, "bits[e + i] = words[i]", "bits[e + i] = words[i ^ 1]", "plain"),
+    "merge: random numbers of a neighbour": (MERGE, "random.words[i];", "random.words[i ^ 1];", "plain"),
     "merge: too little shared memory": (MERGE, "kThreads * 16;", "kThreads * 12;", "asan"),
     "decode: words behind the payload": (DECODE, "return i < num_words ? words[i] : 0", "return words[i]", "asan"),
     "decode: any offset": (DECODE, "bool whole = words_left >= 0 && ", "bool whole = ", "asan"),
@@ -180,6 +180,21 @@ MUTANTS = {
     "scan: sums one warp short": (PLAN, "warp_sums, kScanThreads / kWarpSize", "warp_sums, kScanThreads / kWarpSize - 1", "asan"),
     "launch: too many threads": (PLAN, "constexpr int kScanThreads = 1024", "constexpr int kScanThreads = 2048", "plain"),
     "launch: a block short": (PERMUTE, "ceil_div(num_rows, kWarps)", "num_rows / kWarps", "plain"),
+    # logits
+    "logits: tokens past the last": (LOGITS, "static_cast<unsigned>(token_of(first, j) < f.vocab_size) << j", "1u << j", "asan"),
+    "logits: the last vector whole": (LOGITS, "source.aligned && first + kVec <= vocab_size", "source.aligned", "asan"),
+    "logits: rows that are not there read": (LOGITS, "if (state.broken) kept = 0;", "", "asan"),
+    "logits: a maximum of some lanes": (
+        LOGITS, "lanes /= 2) {\n    const Acc other = __shfl_xor_sync(kAllLanes, x, lanes);\n    x = other > x",
+        "lanes /= 4) {\n    const Acc other = __shfl_xor_sync(kAllLanes, x, lanes);\n    x = other > x", "plain",
+    ),
+    "logits: a scan that counts itself": (LOGITS, "if (lane >= lanes) upto += other;", "upto += other;", "plain"),
+    "logits: records of the first row": (LOGITS, "const of_row = records + row * num_blocks;", "const of_row = records;", "plain"),
+    "logits: a product's rounding": (LOGITS, " + fmaf(a, b, -product)", "", "plain"),
+    "logits: what breaks a whole source": (LOGITS, "bad |= whole.values[kTop] == kInfinity<Acc>;", "", "plain"),
+    "logits: nothing left out": (LOGITS, "if (!(z[j] >= state.keep_bound))", "if (false)", "plain"),
+    "logits: the anchor's weight alone": (LOGITS, "low[j], state.weight_sum, anchor[j])", "low[j], anchor_weight, anchor[j])", "plain"),
+    "logits: the filter's floor alone": (LOGITS, "smallest < kInfinity<Acc> && smallest > first", "false", "plain"),
 }  # fmt: skip
 
 

@@ -135,16 +135,26 @@ def fuse_logits(
     check_same_device("fuse_logits", **named, **rest)
     filters = [[] if one is None else one.numbers for one in (mask, floor, keep)]
     draw = (request_ids, seed, step)
-    if resolve("fuse_logits", backend, sources[0].device.type) == "reference":
+    tensors = (*sources, weights, temperature)
+    differentiable = out in ("logits", "log_probs", "probs") and any(tensor.requires_grad for tensor in tensors)
+    differentiable = differentiable and torch.is_grad_enabled()
+    op = "fuse_logits with gradients" if differentiable else "fuse_logits"
+    chosen = resolve(op, backend, sources[0].device.type)
+    if chosen == "triton" or (chosen == "native" and sources[0].device.type == "cuda"):
+        misfit = native.gpu_misfit(chosen, num_sources, mask=mask, floor=floor, keep=keep)
+        if misfit is not None:
+            if backend != "auto":
+                raise value_error("fuse_logits", *misfit, "use backend='reference'")
+            chosen = "reference"
+    if chosen == "reference":
         arguments = (vocab_size, mode == "mixture", anchor, neg_inf, *filters, out)
         return reference.fuse_logits(sources, rows, weights, temperature, *draw, *arguments)
     arguments = (vocab_size, mode == "mixture", anchor, NEG_INF.index(neg_inf), *filters, OUTS.index(out))
-    differentiable = any(tensor.requires_grad for tensor in (*sources, weights, temperature))
-    if differentiable and torch.is_grad_enabled() and out in ("logits", "log_probs", "probs"):
+    if differentiable:
         if rows is not None:
             sources = [sources[0].index_select(0, rows[:, k]) for k in range(num_sources)]
         return autograd.FuseLogits.apply(weights, temperature, *arguments, *sources)
-    return native.fuse_logits(sources, rows, weights, temperature, *draw, *arguments)[0]
+    return autograd.kernels(chosen).fuse_logits(sources, rows, weights, temperature, *draw, *arguments)[0]
 
 
 def _check_sources(op: str, sources: list[Tensor], rows: Tensor | None) -> tuple[int, int]:

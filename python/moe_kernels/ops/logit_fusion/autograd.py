@@ -7,6 +7,15 @@ from torch.autograd.function import once_differentiable
 from moe_kernels.ops.logit_fusion import native
 
 
+def kernels(backend: str):
+    """The module whose functions run: native, or their Triton twins, which are imported when first asked for."""
+    if backend == "native":
+        return native
+    from moe_kernels.ops.logit_fusion import triton
+
+    return triton
+
+
 class FuseLogits(torch.autograd.Function):
     """Saves the sources, the result and two numbers for each row and source: its floor, or a mixture's sum.
 

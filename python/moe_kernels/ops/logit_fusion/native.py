@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from moe_kernels.ops.logit_fusion.token_filter import TokenFilter
+
 # a step counts up: a symbol, so that it does not compile anew
 torch.library.define(
     "moe_kernels::fuse_logits",
@@ -26,6 +28,19 @@ fuse_logits = torch.ops.moe_kernels.fuse_logits.default
 fuse_logits_backward = torch.ops.moe_kernels.fuse_logits_backward.default
 tilt_stats = torch.ops.moe_kernels.tilt_stats.default
 solve_tilt = torch.ops.moe_kernels.solve_tilt.default
+
+#: that a launch of the CUDA kernels takes
+MAX_CUDA_SOURCES = 16
+
+
+def gpu_misfit(backend: str, num_sources: int, **filters: TokenFilter | None) -> tuple[str, str, object] | None:
+    """The argument that a GPU's kernels cannot take, what it would have to be, and what it is; None where they fit."""
+    for name, one in filters.items():
+        if one is not None and (one.top_k != 0 or one.top_p != 1 or one.min_keep != 1):
+            return name, "of min_p alone on a GPU", one
+    if backend == "native" and num_sources > MAX_CUDA_SOURCES:
+        return "sources", f"at most {MAX_CUDA_SOURCES} in CUDA", num_sources
+    return None
 
 
 @torch.library.register_fake("moe_kernels::fuse_logits")
