@@ -59,7 +59,8 @@ def test_cuda_library_registers_what_the_table_says():
     if _dispatch._extension.cuda_missing_reason() is not None:
         pytest.skip(_dispatch._extension.cuda_missing_reason())
     kernels = {  # where the public name is another
-        "apply_": "apply_ternary", "unapply_": "unapply_ternary", "decompress": "unpack_ternary", "merge": "merge_experts",
+        "apply_": "apply_ternary", "unapply_": "unapply_ternary", "decompress": "unpack_ternary",
+        "merge": "merge_experts",
     }  # fmt: skip
     for op in _dispatch.CUDA_OPS:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(f"moe_kernels::{kernels.get(op, op)}", "CUDA"), op
