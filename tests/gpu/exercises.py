@@ -126,6 +126,14 @@ def exercise_decode(backend: str) -> None:
     damaged = data.clone()
     damaged[48:56].view(torch.int64).add_(1)
     assert planes_of(PackedDelta.from_header(damaged)) is None, "the header's count, unnoticed"
+    many = packed_of(torch.zeros(40 * 4096)).data  # more blocks than a warp's lanes
+    many[128 + 8 * 35 + 7] = 1
+    try:
+        decompress(PackedDelta.from_header(many), backend=backend)
+        said = "nothing"
+    except ValueError as error:
+        said = str(error)
+    assert "block 35 of" in said, f"a damaged block of another warp: {said}"
 
 
 def exercise_many_blocks(backend: str) -> None:

@@ -111,7 +111,6 @@ MUTANTS = {
     "decode: any offset": (DECODE, "bool whole = words_left >= 0 && ", "bool whole = ", "asan"),
     "decode: bits of a descriptor that must be zero": (DECODE, "words_left >= 0 && fields >> 56 == 0", "words_left >= 0", "plain"),
     "decode: positions behind the block": (DECODE, "if (position < size) {", "if (true) {", "asan"),
-    "decode: any count": (DECODE, "if (count > size || k > kLargestRice) return false;", "", "plain"),
     "decode: no bound on blocks": (DECODE, "if (block >= packed.num_blocks) return;", "", "asan"),
     "decode: elements behind the last": (DECODE, "(mode == PackedMode::all ? ~0u : bits.word(half)) & first_bits32(size - 32 * half)",
                                          "(mode == PackedMode::all ? ~0u : bits.word(half))", "plain"),
