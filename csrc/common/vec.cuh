@@ -62,6 +62,17 @@ __device__ __forceinline__ Acc warp_sum(Acc x) {
   return x;
 }
 
+// Sum over this lane and all before it.
+template <class Acc>
+__device__ __forceinline__ Acc warp_scan(Acc x, int lane) {
+#pragma unroll
+  for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {
+    const Acc other = __shfl_up_sync(kAllLanes, x, lanes);
+    if (lane >= lanes) x += other;
+  }
+  return x;
+}
+
 // A small tensor of any float dtype (routing weights): read one by one, so that kernels need no variant for its dtype.
 struct FloatsRef {
   void* data;

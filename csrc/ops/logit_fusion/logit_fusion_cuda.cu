@@ -517,11 +517,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kResidentFusing<Acc>)
       continue;
     }
     const double mass = inside ? mass_of(block) : 0;
-    double upto = mass;
-    for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {
-      const double other = __shfl_up_sync(kAllLanes, upto, lanes);
-      if (lane >= lanes) upto += other;
-    }
+    const double upto = warp_scan(mass, lane);
     const int hit = warp_min(mass > 0 && before + upto > target ? block : kNobody);
     last = max(last, warp_max(mass > 0 ? block : -1));
     chosen = hit;
@@ -554,11 +550,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize, kResidentFusing<Acc>)
         powers[i] = static_cast<double>(power) * scale;
         sum += powers[i];
       }
-      double upto = sum;
-      for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {
-        const double other = __shfl_up_sync(kAllLanes, upto, lanes);
-        if (lane >= lanes) upto += other;
-      }
+      const double upto = warp_scan(sum, lane);
       double passed = before + (upto - sum);
 #pragma unroll
       for (int i = 0; i < kVec; ++i) {

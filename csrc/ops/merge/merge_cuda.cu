@@ -10,10 +10,9 @@
 #include <vector>
 
 #include "common/philox.h"
-#include "common/vec.cuh"
 #include "microkernels/merge_table.h"
-#include "microkernels/task_vector_table.h"
 #include "ops/task_vector/decode_cuda.h"
+#include "ops/task_vector/planes.cuh"
 
 namespace moe {
 namespace {
@@ -302,13 +301,12 @@ Models<T> models_of(const Call& call, const std::vector<Tensor>& tensors) {
     const Tensor& tensor = tensors[k];
     const bool is_planes = tensor.scalar_type() == ScalarType::Long;
     MOE_CHECK(!is_planes || call.base, "merge: task vectors must have a base");
-    MOE_CHECK(tensor.is_contiguous() && tensor.is_cpu() == like.is_cpu() &&
-                  (is_planes ? tensor.numel() == 2 * ceil_div(like.numel(), kTernaryGroup)
-                             : tensor.numel() == like.numel() && tensor.scalar_type() == like.scalar_type()),
+    MOE_CHECK(is_planes || (tensor.is_contiguous() && tensor.is_cpu() == like.is_cpu() && tensor.numel() == like.numel() &&
+                            tensor.scalar_type() == like.scalar_type()),
               "merge: base and experts must be contiguous, of one shape and dtype, and on one device");
     const int64_t* bound = call.bounds.data() + k * kBounds;
     const double* factor = call.factors.data() + k * kFactors;
-    models.experts[k] = {.planes = is_planes ? reinterpret_cast<const uint64_t*>(data<int64_t>(tensor)) : nullptr,
+    models.experts[k] = {.planes = is_planes ? planes_of("merge", tensor, like.numel(), like) : nullptr,
                          .weights = is_planes ? Elements<T>{nullptr, 0, false} : elements_of<T>(tensor),
                          .scale = static_cast<Acc>(call.scales[k]),
                          .source = {.lower = bound[0],

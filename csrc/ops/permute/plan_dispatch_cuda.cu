@@ -42,12 +42,7 @@ struct Ids {
 template <int kBlockThreads>
 __device__ __forceinline__ int block_exclusive_scan(int value, int* warp_sums, int* total) {
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarpSize, warp = thread / kWarpSize;
-  int inclusive = value;
-#pragma unroll
-  for (int delta = 1; delta < kWarpSize; delta *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, inclusive, delta);
-    if (lane >= delta) inclusive += other;
-  }
+  const int inclusive = warp_scan(value, lane);
   if (lane == kWarpSize - 1) warp_sums[warp] = inclusive;
   __syncthreads();
   int before = 0, all = 0;

@@ -56,16 +56,6 @@ struct WarpMemory {
 
 __device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x); }
 
-// x of this lane and all before it, summed.
-__device__ __forceinline__ int sum_upto(int x) {
-#pragma unroll
-  for (int delta = 1; delta < kWarpSize; delta *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, x, delta);
-    if (lane_id() >= delta) x += other;
-  }
-  return x;
-}
-
 __device__ __forceinline__ int of_last_lane(int x) { return __shfl_sync(kAllLanes, x, kWarpSize - 1); }
 
 __device__ __forceinline__ uint32_t first_bits32(int n) { return n >= 32 ? ~0u : n <= 0 ? 0 : (1u << n) - 1; }
@@ -83,7 +73,7 @@ __device__ __forceinline__ int decode_codes(const BlockBits& bits, int count, in
     const int word = first_word + lane_id();
     uint32_t mine = bits.word(word);
     if (word == unary / 32) mine &= ~0u << (unary % 32);
-    const int ones = __popc(mine), ones_upto = sum_upto(ones);
+    const int ones = __popc(mine), ones_upto = warp_scan(ones, lane_id());
     for (int place = ones_upto - ones; mine != 0; mine &= mine - 1)
       memory.ones[place++] = static_cast<uint16_t>(32 * word + __ffs(static_cast<int>(mine)) - 1 - unary);
     const int here = min(of_last_lane(ones_upto), count - found);
@@ -92,7 +82,7 @@ __device__ __forceinline__ int decode_codes(const BlockBits& bits, int count, in
       const bool is_code = first + lane_id() < here;
       const int i = found + first + lane_id();
       const uint32_t field = is_code ? bits.at(i * width, width) & ((1u << width) - 1) : 0;
-      const int low_upto = low + sum_upto(static_cast<int>(field >> kSigned));
+      const int low_upto = low + warp_scan(static_cast<int>(field >> kSigned), lane_id());
       if (is_code) {
         const int position = ((memory.ones[first + lane_id()] - i) << k) + low_upto + i;
         if (position < size) {
@@ -115,7 +105,7 @@ __device__ __forceinline__ int decode_codes(const BlockBits& bits, int count, in
 __device__ __forceinline__ void decode_signs(const BlockBits& bits, int bit, const WarpMemory& memory) {
   for (int half = lane_id(); half < kHalves; half += kWarpSize) {
     const uint32_t marks = memory.nonzero[half];
-    const int count = __popc(marks), upto = sum_upto(count);
+    const int count = __popc(marks), upto = warp_scan(count, lane_id());
     uint32_t signs = bits.at(bit + upto - count, count), negative = 0;
     for (uint32_t rest = marks; rest != 0; rest &= rest - 1, signs >>= 1)
       if (signs & 1) negative |= rest & (~rest + 1);

@@ -23,9 +23,8 @@
 #include <tuple>
 #include <vector>
 
-#include "common/vec.cuh"
-#include "microkernels/task_vector_table.h"
 #include "ops/task_vector/decode_cuda.h"
+#include "ops/task_vector/planes.cuh"
 
 namespace moe {
 namespace {
@@ -39,10 +38,6 @@ constexpr int kScanThreads = 1024;
 constexpr int kScanEach = 4;
 // 1 KiB of the 4 KiB of parameters that every driver takes
 constexpr int kMaxSources = 64;
-
-struct alignas(16) Planes {
-  uint64_t nonzero, negative;
-};
 
 template <class Acc>
 struct Sources {
@@ -131,12 +126,7 @@ constexpr int kVecsOfBlock = static_cast<int>(kTernaryBlock) / (kBlockThreads * 
 __device__ __forceinline__ void scan_groups(const int* counts, int* out) {
   const int lane = static_cast<int>(threadIdx.x) % kWarpSize;
   const int first = counts[2 * lane], both = first + counts[2 * lane + 1];
-  int upto = both;
-#pragma unroll
-  for (int delta = 1; delta < kWarpSize; delta *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, upto, delta);
-    if (lane >= delta) upto += other;
-  }
+  const int upto = warp_scan(both, lane);
   out[2 * lane] = upto - both;
   out[2 * lane + 1] = upto - both + first;
 }
@@ -220,12 +210,7 @@ __global__ void __launch_bounds__(kScanThreads) scan_counts_kernel(int64_t* __re
       const int64_t at = first + thread * kScanEach + i;
       sum += here[i] = at <= num ? counts[at] : 0;
     }
-    int64_t upto = sum;
-#pragma unroll
-    for (int delta = 1; delta < kWarpSize; delta *= 2) {
-      const int64_t other = __shfl_up_sync(kAllLanes, upto, delta);
-      if (lane >= delta) upto += other;
-    }
+    const int64_t upto = warp_scan(sum, lane);
     if (lane == kWarpSize - 1) warp_sums[warp] = upto;
     __syncthreads();
     int64_t before = base;
@@ -421,15 +406,10 @@ Sources<Acc> make_sources(const char* op, const Tensor& weight, const std::vecto
   MOE_CHECK(deltas.size() == values.size(), op, ": there must be as many coefficients as deltas");
   MOE_CHECK(deltas.size() <= kMaxSources, op, ": deltas must be at most ", kMaxSources, " on a GPU, got ", deltas.size(),
             "; use backend='triton' or merge them");
-  const int64_t groups = ceil_div(weight.numel(), kTernaryGroup);
   Sources<Acc> sources{{}, static_cast<int>(deltas.size()), true};
   for (size_t i = 0; i < deltas.size(); ++i) {
     const Tensor& delta = deltas[i];
-    MOE_CHECK(delta.scalar_type() == ScalarType::Long && delta.is_contiguous() && delta.dim() == 2 &&
-                  delta.size(0) == groups && delta.size(1) == 2 && delta.is_cpu() == weight.is_cpu(),
-              op, ": the planes of ", weight.numel(), " elements must be int64 of shape [", groups,
-              ", 2] on the weight's device");
-    sources.all[i] = {reinterpret_cast<const uint64_t*>(data<int64_t>(delta)), static_cast<Acc>(values[i])};
+    sources.all[i] = {planes_of(op, delta, weight.numel(), weight), static_cast<Acc>(values[i])};
     sources.aligned = sources.aligned && common_alignment(delta.const_data_ptr(), nullptr, 0) == 16;
   }
   return sources;

@@ -7,8 +7,7 @@
 #include <optional>
 #include <vector>
 
-#include "common/vec.cuh"
-#include "microkernels/task_vector_table.h"
+#include "ops/task_vector/planes.cuh"
 
 namespace moe {
 namespace {
@@ -25,10 +24,6 @@ struct Deltas {
   int count;
   int64_t num_groups;  // of each plane
   bool whole_groups;   // a row of W is whole groups, at multiples of 16 bytes
-};
-
-struct alignas(16) Group {
-  uint64_t nonzero, negative;
 };
 
 // Who uses which delta, and with what weight.
@@ -101,8 +96,8 @@ template <class T>
 __device__ __forceinline__ void make_signs(const Deltas& deltas, int delta, int64_t bit, uint32_t (&words)[8]) {
   const uint64_t* planes = deltas.planes[delta];
   const int64_t group = bit / kTernaryGroup;
-  Group both{};
-  if (deltas.whole_groups && group < deltas.num_groups) both = reinterpret_cast<const Group*>(planes)[group];
+  Planes both{};
+  if (deltas.whole_groups && group < deltas.num_groups) both = reinterpret_cast<const Planes*>(planes)[group];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int shift = static_cast<int>(bit % kTernaryGroup) + 32 * half;  // whole groups: the lane's 8c
@@ -222,10 +217,7 @@ Tensor ternary_linear_cuda(Tensor x_in, Tensor weight_in, std::vector<Tensor> de
   Deltas deltas{{}, {}, static_cast<int>(count), ceil_div(weight.numel(), kTernaryGroup), x.size(1) % kTernaryGroup == 0};
   for (size_t e = 0; e < delta_planes.size(); ++e) {
     const Tensor& planes = delta_planes[e];
-    MOE_CHECK(planes.scalar_type() == ScalarType::Long && planes.is_contiguous() && planes.dim() == 2 &&
-                  planes.size(0) == deltas.num_groups && planes.size(1) == 2 && planes.is_cpu() == x.is_cpu(),
-              op, ": the planes of ", weight.numel(), " elements must be int64 of shape [", deltas.num_groups, ", 2]");
-    deltas.planes[e] = reinterpret_cast<const uint64_t*>(data<int64_t>(planes));
+    deltas.planes[e] = planes_of(op, planes, weight.numel(), x);
     deltas.values[e] = static_cast<float>(values[e]);
     deltas.whole_groups = deltas.whole_groups && common_alignment(planes.const_data_ptr(), nullptr, 0) == 16;
   }

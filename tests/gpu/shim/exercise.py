@@ -116,22 +116,15 @@ def exercise_task_vector(seed: int) -> None:
         exercise_many_blocks("native")
 
 
-def exercise_decode(seed: int) -> None:
-    from tests.gpu import exercises
+def shared(name: str):
+    """An exercise that the interpreters run too."""
 
-    exercises.exercise_decode("native")
+    def run_it(seed: int) -> None:
+        from tests.gpu.exercises import EXERCISES
 
+        EXERCISES[name]("native")
 
-def exercise_merge(seed: int) -> None:
-    from tests.gpu import exercises
-
-    exercises.exercise_merge("native")
-
-
-def exercise_ternary_linear(seed: int) -> None:
-    from tests.gpu import exercises
-
-    exercises.exercise_ternary_linear("native")
+    return run_it
 
 
 def exercise_logit_fusion(seed: int) -> None:
@@ -147,10 +140,10 @@ EXERCISES = {
     "permute_cuda.cu": exercise_permute,
     "route_cuda.cu": exercise_route,
     "task_vector_cuda.cu": exercise_task_vector,
-    "decode_cuda.cu": exercise_decode,
+    "decode_cuda.cu": shared("decode"),
     "logit_fusion_cuda.cu": exercise_logit_fusion,
-    "merge_cuda.cu": exercise_merge,
-    "ternary_linear_cuda.cu": exercise_ternary_linear,
+    "merge_cuda.cu": shared("merge"),
+    "ternary_linear_cuda.cu": shared("ternary_linear"),
 }
 
 

@@ -187,7 +187,7 @@ MUTANTS = {
         LOGITS, "lanes /= 2) {\n    const Acc other = __shfl_xor_sync(kAllLanes, x, lanes);\n    x = other > x",
         "lanes /= 4) {\n    const Acc other = __shfl_xor_sync(kAllLanes, x, lanes);\n    x = other > x", "plain",
     ),
-    "logits: a scan that counts itself": (LOGITS, "if (lane >= lanes) upto += other;", "upto += other;", "plain"),
+    "logits: a scan that counts itself": (LOGITS, "before + (upto - sum)", "before + upto", "plain"),
     "logits: records of the first row": (LOGITS, "const of_row = records + row * num_blocks;", "const of_row = records;", "plain"),
     "logits: a product's rounding": (LOGITS, " + fmaf(a, b, -product)", "", "plain"),
     "logits: what breaks a whole source": (LOGITS, "bad |= whole.values[kTop] == kInfinity<Acc>;", "", "plain"),
